@@ -1,0 +1,94 @@
+"""What the tests share: a tiny dataset made by hand, and a way to run a script as its user would.
+
+    python -m pytest                       # all of them, on a CPU, offline
+    python -m pytest tests/test_resume.py  # one promise
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+EOT = 256  # the tiny tokenizer: a token a byte, then <|endoftext|>
+
+# flags of a model that takes milliseconds a step
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4, max_steps=12,
+            warmup_steps=3, max_lr=1e-2, eval_interval=5, val_tokens=1000, hellaswag_examples=0, num_samples=1,
+            sample_prompt="the ", sample_length=12, checkpoint_interval=4, device="cpu", dtype="float32", compile=False)
+
+
+def write_dataset(root, train, val):
+    """A dataset directory as DESIGN.md describes it, from lists of token arrays (a shard each)."""
+    root.mkdir(parents=True)
+    shards = []
+    for split, arrays in (("val", val), ("train", train)):
+        for tokens in arrays:
+            name = f"tiny_{split}_{len(shards):06d}.npy"
+            np.save(root / name, np.asarray(tokens, dtype=np.uint16))
+            shards.append(dict(name=name, tokens=len(tokens), documents=int((np.asarray(tokens) == EOT).sum())))
+    count = {s: sum(len(a) for a in arrays) for s, arrays in (("train", train), ("val", val))}
+    text = {s: sum(int((np.asarray(a) != EOT).sum()) for a in arrays) for s, arrays in (("train", train), ("val", val))}
+    (root / "tokenizer.tiktoken").write_bytes(
+        b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    (root / "meta.json").write_text(json.dumps(dict(
+        tokenizer="bpe", vocab_size=257, eot=EOT, source="made by a test", shards=shards, tokens=count, bytes=text,
+        complete=True)))
+    return root
+
+
+def english(n, seed=0):
+    """n tokens of documents with something to learn in them: words repeat, and spaces part them."""
+    rng = np.random.default_rng(seed)
+    words = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "ran ", "home "]
+    tokens = []
+    while len(tokens) < n:
+        tokens += [EOT, *"".join(rng.choice(words, size=rng.integers(3, 30))).encode()]
+    return np.array(tokens[:n], dtype=np.uint16)
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    return write_dataset(tmp_path / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
+
+
+def flags(**settings):
+    """Settings as a command line: flags(max_steps=3, compile=False) -> ['--max_steps=3', '--compile=False']."""
+    return [f"--{k}={v}" for k, v in settings.items()]
+
+
+def command(script, *args, nproc=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    return [sys.executable, *torchrun, str(ROOT / script), *map(str, args)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(script, *args, cwd, nproc=0):
+    """Run a script to its end; returns the CompletedProcess with stdout and stderr as text."""
+    return subprocess.run(command(script, *args, nproc=nproc), cwd=cwd, env=environment(), text=True,
+                          capture_output=True, timeout=300)
+
+
+def start(script, *args, cwd):
+    """Start a script and leave it running."""
+    return subprocess.Popen(command(script, *args), cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def read_log(log_dir):
+    """log.txt as {kind: {step: value as text}}, every line of three fields and no step twice."""
+    log = {}
+    for line in (Path(log_dir) / "log.txt").read_text().splitlines():
+        step, kind, value = line.split(" ")
+        assert int(step) not in log.setdefault(kind, {}), f"{kind} of step {step} is there twice"
+        log[kind][int(step)] = value
+    return log

@@ -1,0 +1,72 @@
+"""The same loss whatever the hardware: processes under torchrun against one, on gloo.
+
+    python -m pytest tests/test_distributed.py
+"""
+
+import signal
+import time
+
+import pytest
+import torch
+from conftest import TINY, command, environment, flags, read_log, run
+from subprocess import PIPE, STDOUT, Popen
+
+# 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
+SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10}
+
+
+def losses(log_dir):
+    log = read_log(log_dir)
+    return [float(v) for kind in ("train", "val") for _, v in sorted(log[kind].items())]
+
+
+@pytest.fixture
+def single(tmp_path, data_root):
+    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root, log_dir="single"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return losses(tmp_path / "single")
+
+
+@pytest.mark.parametrize("nproc,batch_size,total", [(0, 3, 320), (2, 4, 320), (2, 3, 320), (3, 8, 320)])
+def test_losses_are_those_of_one_process(tmp_path, data_root, single, nproc, batch_size, total):
+    settings = {**SETTINGS, "batch_size": batch_size, "total_batch_size": total}
+    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path, nproc=nproc)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
+
+
+def test_more_processes_than_rows_and_a_batch_that_is_no_multiple_of_the_block(tmp_path, data_root):
+    settings = {**SETTINGS, "total_batch_size": 50, "max_steps": 8}  # two rows of 32 and 18 tokens for three processes
+    found = []
+    for nproc in (0, 3):
+        argv = flags(**settings, data_root=data_root, log_dir=f"log{nproc}")
+        done = run("train_gpt2.py", *argv, cwd=tmp_path, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(tmp_path / f"log{nproc}"))
+    assert found[0] == pytest.approx(found[1], abs=3e-5)
+
+
+def test_a_run_begun_on_one_process_goes_on_on_two_with_the_same_tokens(tmp_path, data_root, single):
+    first = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--checkpoint_interval=5", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    for path in (tmp_path / "log").glob("model_00010.pt"):
+        path.unlink()
+    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--auto_resume", cwd=tmp_path, nproc=2)
+    assert done.returncode == 0 and "resuming at step 5 of 10, 1,600 tokens" in done.stdout, done.stderr
+    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
+    assert torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["position"] == 3200
+    assert len(torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["rng"]) == 2
+
+
+def test_sigterm_to_torchrun_stops_every_process_at_the_same_step(tmp_path, data_root):
+    settings = {**SETTINGS, "max_steps": 2000, "eval_interval": 1000, "checkpoint_interval": 1000}
+    process = Popen(command("train_gpt2.py", *flags(**settings, data_root=data_root), nproc=2), cwd=tmp_path,
+                    env=environment(), text=True, stdout=PIPE, stderr=STDOUT)
+    log = tmp_path / "log" / "log.txt"
+    while process.poll() is None and not (log.exists() and "\n20 train" in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    saved = list((tmp_path / "log").glob("model_*.pt"))
+    assert len(saved) == 1 and "goes on" in output, output
+    assert int(saved[0].stem[6:]) == max(read_log(tmp_path / "log")["train"]) + 1

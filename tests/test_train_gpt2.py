@@ -1,0 +1,450 @@
+"""The model, the order of data and the training step, each against something independent.
+
+    python -m pytest tests/test_train_gpt2.py
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, english, flags, read_log, run, write_dataset
+from torch.nn import functional as F
+
+import train_gpt2
+from train_gpt2 import (GPT, GPTConfig, PRESETS, TokenLoader, TrainConfig, UserError, World, configure_optimizers, evaluate,
+                        generate, get_lr, parse_flags, sample_next, train)
+
+SHAPES = [  # block_size, vocab_size, n_layer, n_head, n_embd
+    (16, 61, 1, 1, 8),
+    (64, 257, 3, 4, 48),
+    (128, 1000, 2, 12, 96),
+]
+
+
+def hugging_face_twin(model):
+    """transformers' GPT-2 with the weights of ours, copied by the names that both share."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    c = model.config
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                    n_head=c.n_head, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    ours = model.state_dict()
+    with torch.no_grad():
+        for name, p in hf.state_dict().items():
+            p.copy_(ours[name].t() if ours[name].shape != p.shape or "c_proj.weight" in name or "c_attn.weight" in name
+                    or "c_fc.weight" in name else ours[name])
+    return hf.eval()
+
+
+def scrambled(config, seed=0):
+    """A model whose every parameter is random, biases and norms included: zeros and ones would hide a missing term."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_loss_equal_hugging_face(shape):
+    model = scrambled(GPTConfig(*shape))
+    hf = hugging_face_twin(model)
+    idx = torch.randint(shape[1], (3, shape[0]))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    theirs = hf(idx, labels=idx)
+    torch.testing.assert_close(logits, theirs.logits[:, :-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, theirs.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_state_dict_has_hugging_faces_names_and_the_head_is_the_embedding():
+    model = GPT(GPTConfig(*SHAPES[1]))
+    assert set(model.state_dict()) == set(hugging_face_twin(model).state_dict())
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_initial_weights_follow_gpt2():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=1024, n_layer=8, n_head=4, n_embd=128))
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.transformer.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert model.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03)
+    assert model.transformer.h[3].mlp.c_fc.bias.abs().max() == 0
+    loss = model(torch.randint(1024, (4, 256)), torch.randint(1024, (4, 256)))[1]
+    assert loss.item() == pytest.approx(math.log(1024), rel=0.02)  # it knows nothing yet
+
+
+def test_gpt2_124m_has_as_many_parameters_as_published():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = scrambled(GPTConfig(*SHAPES[1]))
+    idx = torch.randint(257, (2, 10))
+    targets = torch.randint(257, (2, 10))
+    logits, _ = model(idx)
+    expected = F.cross_entropy(logits[0, :4], targets[0, :4])
+    targets[0, 4:] = targets[1] = -1
+    torch.testing.assert_close(model(idx, targets)[1], expected)
+
+
+def test_a_cache_gives_the_same_logits_as_the_whole_sequence():
+    model = scrambled(GPTConfig(*SHAPES[1]))
+    idx = torch.randint(257, (2, 20))
+    whole, _ = model(idx)
+    cache = model.new_cache(slots=2, size=32)
+    pos = torch.arange(20).expand(2, 20)
+    for a, b in ((0, 7), (7, 8), (8, 9), (9, 20)):  # a prefill, two single tokens, several at once
+        part, _ = model(idx[:, a:b], cache=cache, pos=pos[:, a:b])
+        torch.testing.assert_close(part, whole[:, a:b], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_keeps_sequences_of_different_lengths_apart():
+    model = scrambled(GPTConfig(*SHAPES[1]))
+    long, short = torch.randint(257, (1, 12)), torch.randint(257, (1, 5))
+    cache = model.new_cache(slots=2, size=16)
+    padded = torch.cat((long, F.pad(short, (0, 7), value=1)))
+    model(padded, cache=cache, pos=torch.arange(12).expand(2, 12))
+    new = torch.tensor([[3], [4]])
+    logits, _ = model(new, cache=cache, pos=torch.tensor([[12], [5]]))  # overwrites the padding behind `short`
+    for row, prompt in enumerate((long, short)):
+        alone, _ = model(torch.cat((prompt, new[row:row + 1]), dim=1))
+        torch.testing.assert_close(logits[row, 0], alone[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sequence_beyond_the_block_size_is_refused():
+    with pytest.raises(ValueError, match="17 tokens is longer than the model's block size 16"):
+        GPT(GPTConfig(*SHAPES[0]))(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_sampling_follows_the_definitions():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**how):
+        return torch.bincount(sample_next(logits, generator=generator, **how).view(-1), minlength=4) / 4000
+
+    assert sample_next(logits, temperature=0)[:, 0].tolist() == [0] * 4000
+    torch.testing.assert_close(frequencies(), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.03, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.76), torch.tensor([0.5, 0.25, 0.15, 0]) / 0.9, atol=0.03, rtol=0)
+    squared = torch.tensor([0.5, 0.25, 0.15, 0.1]) ** 2
+    torch.testing.assert_close(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
+
+
+def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id():
+    model = scrambled(GPTConfig(*SHAPES[1]))
+    idx = torch.randint(200, (2, 5))
+    expected = idx
+    for _ in range(30):
+        logits, _ = model(expected)
+        expected = torch.cat((expected, logits[:, -1, :200].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generate(model, idx, 30, n_vocab=200, temperature=0), expected)
+    assert generate(model, idx, 59, n_vocab=3).max() < 200 and generate(model, idx, 59, n_vocab=3)[:, 5:].max() < 3
+
+
+def test_hugging_face_directories_go_both_ways(tmp_path):
+    from transformers import GPT2LMHeadModel
+    model = scrambled(GPTConfig(*SHAPES[1]))
+    model.save_pretrained(tmp_path / "hf", vocab_size=250)
+    idx = torch.randint(250, (2, 40))
+    ours = model(idx)[0][..., :250]
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path / "hf")(idx).logits, ours, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "hf")(idx)[0], ours, rtol=1e-4, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# which tokens a step reads
+
+
+def epoch_of(loader, lap, world_size, batch_size, step_tokens):
+    """All inputs and targets of one epoch, read as `world_size` processes would, in steps of step_tokens."""
+    pairs = []
+    position, end = lap * loader.n_tokens, (lap + 1) * loader.n_tokens
+    while position < end:
+        n = min(step_tokens, end - position)
+        read = 0
+        for rank in range(world_size):
+            for x, y, count in loader.batches(position, n, batch_size, World(rank, rank, world_size)):
+                assert x.shape == y.shape and len(x) <= batch_size and x.size(1) == loader.block_size
+                if count:
+                    pairs += [(a, b) for a, b in zip(x[y >= 0].tolist(), y[y >= 0].tolist(), strict=True)]
+                read += count
+        assert read == n
+        position += n
+    return pairs
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("lengths", [(640,), (100, 333, 7, 201), (31,), (64, 64, 64)])
+@pytest.mark.parametrize("world_size,batch_size,step_tokens", [(1, 4, 128), (2, 3, 128), (3, 2, 96), (4, 1, 50)])
+def test_every_token_of_an_epoch_is_read_exactly_once(tmp_path, lengths, world_size, batch_size, step_tokens, shuffle):
+    total = sum(lengths)
+    stream = np.arange(total) % 60000  # each token tells its own place
+    shards = np.split(stream, np.cumsum(lengths)[:-1])
+    loader = TokenLoader(write_dataset(tmp_path / "d", shards, [stream[:9]]), "train", 32, seed=7, shuffle=shuffle)
+    for lap in range(3):
+        pairs = epoch_of(loader, lap, world_size, batch_size, step_tokens)
+        assert sorted(pairs) == [(i, (i + 1) % total) for i in range(total)]
+
+
+def test_the_first_epoch_is_file_order_and_the_next_are_permutations_by_seed(tmp_path):
+    root = write_dataset(tmp_path / "d", [np.arange(0, 500), np.arange(500, 1000)], [np.arange(9)])
+
+    def inputs(lap, **how):
+        return [x for x, _ in epoch_of(TokenLoader(root, "train", 10, **how), lap, 1, 4, 100)]
+
+    assert inputs(0) == list(range(1000))
+    second = inputs(1)
+    assert second != list(range(1000)) and second != inputs(2) and second == inputs(1)
+    assert second != inputs(1, seed=1)
+    windows = [tuple(second[i:i + 10]) for i in range(0, 1000, 10)]
+    assert all(w == tuple(range(w[0], w[0] + 10)) for w in windows)  # windows are moved, never torn
+    half = {w[0] // 500 for w in windows[:50]}
+    assert len(half) == 1  # one shard at a time
+    assert inputs(0, shuffle=True) != list(range(1000))
+
+
+def test_what_is_read_does_not_depend_on_processes_or_micro_batches(tmp_path):
+    root = write_dataset(tmp_path / "d", [np.arange(700)], [np.arange(9)])
+    loader = TokenLoader(root, "train", 16, seed=3, shuffle=True)
+    for step in range(6):
+        def tokens(world_size, batch_size, at=step):
+            parts = [x[y >= 0].tolist() for rank in range(world_size)
+                     for x, y, n in loader.batches(at * 200, 200, batch_size, World(rank, rank, world_size)) if n]
+            return sorted(sum(parts, []))
+        assert tokens(1, 4) == tokens(2, 3) == tokens(5, 1) == tokens(40, 2)
+
+
+def test_a_dataset_of_the_original_recipe_and_one_of_llm_c_are_read_alike(tmp_path):
+    tokens = english(1000)
+    tokens[tokens == 256] = 50256
+    for split in ("train", "val"):
+        np.save(tmp_path / f"edufineweb_{split}_000001.npy", tokens)
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    ours, theirs = (epoch_of(TokenLoader(d, "train", 32), 1, 1, 4, 128) for d in (tmp_path, tmp_path / "bin"))
+    assert ours == theirs and sorted(x for x, _ in ours) == sorted(tokens.tolist())
+
+
+# -----------------------------------------------------------------------------
+# the training step
+
+
+def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
+    """The recipe written out from the papers: accumulate, clip, AdamW with decoupled decay on matrices alone."""
+    settings = {**TINY, "max_steps": 10, "warmup_steps": 4, "max_lr": 3e-3}
+    cfg = TrainConfig(**settings, data_root=str(data_root), log_dir=str(tmp_path / "log"))
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(32, 320, 2, 2, 32))
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    tokens = np.concatenate([np.load(p) for p in sorted(data_root.glob("*_train_*"))]).astype(np.int64)
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
+    losses = []
+    for step in range(10):
+        chunk = torch.from_numpy(tokens[step * 256:step * 256 + 257])
+        loss = F.cross_entropy(model(chunk[:-1].view(8, 32))[0].view(256, -1), chunk[1:])
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        lr = 3e-3 * (step + 1) / 4 if step < 4 else 3e-4 + 2.7e-3 * (1 + math.cos(math.pi * (step - 4) / 6)) / 2
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g = p.grad * min(1.0, 1.0 / (norm + 1e-6))
+                m, v = moments[name]
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.95).add_(0.05 * g * g)
+                if p.dim() >= 2:
+                    p.mul_(1 - lr * 0.1)
+                p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
+    train(cfg, dict(model=start, config=dataclasses.asdict(model.config), tokenizer=tiny_tokenizer(data_root)))
+    ours = read_log(tmp_path / "log")["train"]
+    assert [float(ours[s]) for s in range(10)] == pytest.approx(losses, abs=2e-5)
+    saved = torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["model"]
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(saved[name], p, rtol=1e-3, atol=1e-4)
+
+
+def tiny_tokenizer(data_root):
+    return train_gpt2.tokenizer_to_dict(train_gpt2.load_tokenizer(data_root))
+
+
+def test_the_schedule_is_the_recipes():
+    cfg = TrainConfig()
+    rates = [get_lr(step, cfg) for step in (0, 357, 714, 715, 9894, 19073, 30000)]
+    assert rates == pytest.approx([6e-4 / 715, 6e-4 * 358 / 715, 6e-4, 6e-4, 3.3e-4, 6e-5, 6e-5], rel=1e-3)
+
+
+def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
+    model = GPT(GPTConfig(*SHAPES[1]))
+    adamw, muon = configure_optimizers(model, TrainConfig(optimizer="muon"), torch.device("cpu"))
+    names = {id(p): n for n, p in model.named_parameters()}
+    of_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert of_muon == {n for n in names.values() if ".h." in n and n.endswith("weight") and ".ln" not in n}
+    assert {names[id(p)] for g in adamw.param_groups for p in g["params"]} == set(names.values()) - of_muon
+    decayed = {names[id(p)] for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def test_validation_is_the_mean_over_the_first_tokens_for_any_world_size(data_root):
+    model = scrambled(GPTConfig(32, 320, 2, 2, 32))
+    loader = TokenLoader(data_root, "val", 32)
+    tokens = torch.from_numpy(np.load(next(data_root.glob("*_val_*"))).astype(np.int64))
+    with torch.no_grad():
+        total = sum(F.cross_entropy(model(tokens[None, a:min(a + 32, 1499)])[0][0], tokens[a + 1:min(a + 33, 1500)],
+                                    reduction="sum").item() for a in range(0, 1499, 32))
+    args = (torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    whole = evaluate(model, loader, 10**9, 4, *args)
+    assert whole == pytest.approx(total / 1499, rel=1e-6)
+    assert evaluate(model, loader, 10**9, 7, *args) == pytest.approx(whole, rel=1e-6)
+    with torch.no_grad():
+        first = F.cross_entropy(model(tokens[None, :32])[0][0], tokens[1:33]).item()
+    assert evaluate(model, loader, 32, 4, *args) == pytest.approx(first, rel=1e-6)
+
+
+def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
+    done = run("train_gpt2.py", *flags(**{**TINY, "max_steps": 40, "num_samples": 2}, data_root=data_root), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "log")
+    assert sorted(log["train"]) == list(range(40)) and sorted(log["val"]) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert float(log["val"][0]) == pytest.approx(math.log(320), abs=0.2)
+    assert float(log["val"][40]) < 2.5
+    records = [json.loads(line) for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["kind"] == "config" and records[0]["config"]["max_steps"] == 40 and records[0]["torch"]
+    val = [r for r in records if r["kind"] == "val"][-1]
+    assert val["bpb"] == pytest.approx(val["loss"] / math.log(2) * 1500 / sum(np.load(next(data_root.glob("*val*"))) != 256))
+    assert done.stdout.count("sample: the ") == 16
+    assert (tmp_path / "log" / "log.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "log" / "latest_checkpoint.pt").resolve().name == "model_00040.pt"
+
+
+def test_batch_size_0_finds_one_that_fits_and_changes_nothing_else(tmp_path, data_root):
+    for batch_size in (0, 4):
+        cfg = TrainConfig(**{**TINY, "batch_size": batch_size, "max_steps": 5}, data_root=str(data_root),
+                          log_dir=str(tmp_path / f"log{batch_size}"))
+        train(cfg, None)
+    found = json.loads((tmp_path / "log0" / "log.jsonl").read_text().splitlines()[0])["batch_size"]
+    assert found == 8  # 256 tokens a step are eight sequences of 32: more are never needed
+    ours, theirs = (list(map(float, read_log(tmp_path / f"log{b}")["train"].values())) for b in (0, 4))
+    assert ours == pytest.approx(theirs, abs=2e-5)
+
+
+def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
+    for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
+        cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30}, data_root=str(data_root),
+                          log_dir=str(tmp_path / "log"))
+        assert train(cfg, None) < 3.0, settings
+
+
+def test_evaluation_and_sampling_work_while_the_model_is_compiled(tmp_path, data_root):
+    """The same losses as the eager run, evaluated and sampled on the way: torch.compile gets in the way of neither."""
+    losses = {}
+    for compiled in (False, True):
+        settings = {**TINY, "compile": compiled, "max_steps": 4, "eval_interval": 2}
+        done = run("train_gpt2.py", *flags(**settings, data_root=data_root, log_dir=f"log_{compiled}"), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        if "torch.compile does not work here" in done.stdout:
+            pytest.skip("no working C++ compiler")
+        assert done.stdout.count("sample: the ") == 2
+        log = read_log(tmp_path / f"log_{compiled}")
+        losses[compiled] = [float(v) for kind in ("train", "val") for v in log[kind].values()]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
+def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    done = run("train_gpt2.py", *flags(**{**TINY, "compile": True, "max_steps": 2}, data_root=data_root), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torch.compile does not work here") == 1
+    assert len(read_log(tmp_path / "log")["train"]) == 2
+
+
+def test_non_finite_gradients_skip_the_update_and_ten_in_a_row_stop_the_run(tmp_path, data_root):
+    settings = {**TINY, "max_lr": 1e30, "min_lr": 0.0, "max_steps": 40, "eval_interval": 1000, "checkpoint_interval": 1}
+    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("the update is skipped") == 10
+    assert "the gradient norm was not finite ten steps in a row" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def test_the_defaults_are_the_gpt2_recipe():
+    cfg = TrainConfig()
+    assert (cfg.total_batch_size, cfg.block_size, cfg.max_steps, cfg.warmup_steps) == (524288, 1024, 19073, 715)
+    assert (cfg.max_lr, cfg.min_lr, cfg.weight_decay, cfg.grad_clip) == (6e-4, pytest.approx(6e-5), 0.1, 1.0)
+    assert (cfg.optimizer, cfg.compile, cfg.eval_interval, cfg.val_tokens) == ("adamw", True, 250, 10485760)
+
+
+def test_boolean_flags_take_three_forms_and_explicit_flags_beat_the_preset():
+    assert parse_flags(["--compile"]) == {"compile": True}
+    assert parse_flags(["--no-compile"]) == parse_flags(["--compile=False"]) == {"compile": False}
+    demo = parse_flags(["--max_steps", "7", "--preset", "demo"])
+    assert demo["max_steps"] == 7 and demo["n_layer"] == PRESETS["demo"]["n_layer"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name):
+    cfg = TrainConfig(**parse_flags(["--preset", name]))
+    if name == "gpt2":
+        assert dataclasses.replace(cfg, preset="") == TrainConfig()
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--max_step", "5"], "--max_step"),
+    (["--preset", "gtp2"], "choose one of demo"),
+    (["--n_layer", "two"], "--n_layer"),
+    (["--n_layer", "0"], "--n_layer is 0: expected at least 1"),
+    (["--n_head", "5"], "--n_embd 768 does not divide by --n_head 5"),
+    (["--max_lr", "nan"], "--max_lr is nan"),
+    (["--min_lr", "1"], "--min_lr 1.0 is above --max_lr"),
+    (["--dtype", "int8"], "choose one of auto, float32"),
+    (["--compile=perhaps"], "neither True nor False"),
+    (["--resume"], "--checkpoint_path go together"),
+    (["--resume", "--auto_resume", "--checkpoint_path", "x"], "--resume and --auto_resume contradict"),
+    (["--resume", "--checkpoint_path", "log/model_00007.pt"], "no checkpoint 'log/model_00007.pt'; checkpoints beside"),
+    (["--device", "tpu9"], "--device is 'tpu9'"),
+    (["--init_from", "nowhere/at/all"], "nowhere/at/all"),
+    (["--data_root", "nowhere"], "python fineweb.py --data_root nowhere"),
+])
+def test_a_wrong_flag_gets_one_clear_line(tmp_path, argv, message, data_root, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(data_root=data_root), *argv])
+    with pytest.raises(UserError) as error:
+        train_gpt2.main()
+    assert message in str(error.value) and len(str(error.value).splitlines()) <= 2
+
+
+def test_a_wrong_flag_ends_the_process_without_a_traceback(tmp_path):
+    done = run("train_gpt2.py", "--max_step", "5", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "did you mean --max_steps?" in done.stderr
+
+
+def test_the_readme_lists_every_flag_with_its_default():
+    readme = (ROOT / "README.md").read_text()
+    for f in dataclasses.fields(TrainConfig):
+        row = f"| `--{f.name}` | {train_gpt2.shown_default(f)} | {f.metadata['help']} |"
+        assert row in readme, f"the README's flag table lacks: {row}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_run_on_a_gpu_learns(tmp_path, data_root):
+    for settings in (dict(compile=False), dict(compile=True), dict(dtype="float16", compile=False)):
+        cfg = TrainConfig(**{**TINY, "device": "cuda", "dtype": "auto", "max_steps": 30, **settings},
+                          data_root=str(data_root), log_dir=str(tmp_path / "log"))
+        assert train(cfg, None) < 3.0, settings

@@ -1,0 +1,1229 @@
+"""
+GPT-2, and the loop that trains it, in one file.
+
+On a laptop: make some data, train a small model on it and sample from it, all in a few minutes:
+$ python train_gpt2.py --preset demo
+
+GPT-2 (124M) on one GPU, then the same run on eight, then on eight that may be taken away at any moment:
+$ python train_gpt2.py
+$ torchrun --standalone --nproc_per_node=8 train_gpt2.py
+$ torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --auto_resume
+
+On two hosts of eight, the same line on each (host 0 is at 10.0.0.1):
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 train_gpt2.py
+
+Stop it with Ctrl-C or SIGTERM (the step is finished and saved), and go on from where it was:
+$ python train_gpt2.py --resume --checkpoint_path log/model_10000.pt
+
+Every flag, with its default: python train_gpt2.py --help
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import hellaswag
+from fineweb import (UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta, run_main,
+                     tokenizer_to_dict)
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the longest sequence it can see
+    vocab_size: int = 50257  # rows of the embedding; training pads them to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # of the linear layers and layer norms; nanoGPT checkpoints may have none
+    gelu: str = "tanh"  # GPT-2's approximation; "none" is the exact GELU of nanoGPT checkpoints
+
+
+class KVCache:
+    """The keys and values of `slots` sequences, each kept at the position of its token.
+
+    keys, values: (n_layer, slots, n_head, size, head_size); `size` is the longest sequence it has room for.
+    """
+
+    def __init__(self, config, slots, size, device, dtype):
+        shape = (config.n_layer, slots, config.n_head, size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def append(self, layer, pos, k, v):
+        """Store k, v (B, nh, T, hs) at pos (B, T); returns all keys and values of the layer, (B, nh, size, hs)."""
+        rows = torch.arange(pos.size(0), device=pos.device)[:, None]  # (B, 1), pairs with pos
+        self.keys[layer][rows, :, pos] = k.transpose(1, 2)
+        self.values[layer][rows, :, pos] = v.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        # key, query, value projections for all heads, but in a batch
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, pos=None, mask=None):
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            k, v = cache.append(self.layer, pos, k, v)  # (B, nh, S, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # re-assemble all head outputs side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, pos=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, pos, mask)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+
+    # Hugging Face keeps these as Conv1D, the transpose of nn.Linear
+    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # one matrix reads tokens and predicts them
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of them add up on the residual stream: keep its std at 1
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, mean=0.0, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, idx, cache=None, pos=None):
+        """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
+
+        With a KVCache, idx holds the new tokens of the first B slots alone and pos (B, T) their positions; each
+        attends to whatever its slot holds at positions up to its own.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's block size {self.config.block_size}")
+        mask = None
+        if cache is None:
+            pos = torch.arange(T, device=idx.device)  # (T)
+        else:
+            size = cache.keys.size(3)
+            mask = (torch.arange(size, device=idx.device) <= pos[:, :, None])[:, None]  # (B, 1, T, size)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache, pos, mask)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None, cache=None, pos=None):
+        """Logits (B, T, vocab_size) and, where targets (B, T) are given, the mean loss in nats; targets of -1 don't count.
+
+        With a cache only the new positions are computed: see `hidden`.
+        """
+        logits = self.lm_head(self.hidden(idx, cache, pos))  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def new_cache(self, slots, size=None, dtype=None):
+        """A KVCache for `slots` sequences of up to `size` tokens (the block size by default) on the model's device."""
+        w = self.lm_head.weight
+        return KVCache(self.config, slots, size or self.config.block_size, w.device, dtype or w.dtype)
+
+    def flops_per_token(self):
+        """Training FLOPs a token, forward and backward: 6N + 12 n_layer n_embd T (PaLM, arXiv:2204.02311, appendix B)."""
+        N = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """GPT-2 from the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local directory."""
+        from transformers import GPT2LMHeadModel
+        try:
+            hf = GPT2LMHeadModel.from_pretrained(name)
+        except OSError as e:
+            raise UserError(f"no GPT-2 model {name!r} could be loaded: {str(e).splitlines()[0]}") from e
+        c = hf.config
+        if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu") or c.n_inner not in (None, 4 * c.n_embd):
+            raise UserError(f"{name!r} is not plain GPT-2: activation {c.activation_function}, n_inner {c.n_inner}")
+        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd,
+                              gelu="none" if c.activation_function == "gelu" else "tanh"))
+        state = {k: v.t() if k.endswith(cls.TRANSPOSED) else v for k, v in hf.state_dict().items()}
+        model.load_state_dict({k: state[k] for k in model.state_dict()})  # leaves out the mask buffers of old versions
+        return model
+
+    def save_pretrained(self, directory, vocab_size=None):
+        """Write a directory that `transformers` loads as GPT2LMHeadModel with equal logits; rows past vocab_size are cut."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+        c = self.config
+        vocab_size = vocab_size or c.vocab_size
+        hf = GPT2LMHeadModel(GPT2Config(
+            vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
+            bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1))
+        state = {k: v.t() if k.endswith(self.TRANSPOSED) else v for k, v in self.state_dict().items()}
+        for k in ("transformer.wte.weight", "lm_head.weight"):
+            state[k] = state[k][:vocab_size]
+        if not c.bias:  # transformers has no GPT-2 without biases: zeros are the same function
+            state = {k: state.get(k, torch.zeros_like(v)) for k, v in hf.state_dict().items()}
+        hf.load_state_dict(state)
+        hf.save_pretrained(directory)
+
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token id a row, (B, 1), drawn from logits (B, V) after temperature, top-k and nucleus (arXiv:1904.09751) cuts.
+
+    temperature 0 is greedy; top_k keeps the k likeliest; top_p the smallest set of likeliest tokens whose mass reaches it.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probs, ids = F.softmax(logits.float() / temperature, dim=-1).topk(min(top_k or logits.size(-1), logits.size(-1)))
+    if top_p is not None and top_p < 1:
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # mass before it has reached top_p
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=None, generator=None, dtype=None):
+    """Continue each row of idx (B, T) by up to max_new_tokens, as far as the block size goes; returns (B, T + new).
+
+    Ids from n_vocab on are padding of the vocabulary and are never drawn.
+    """
+    B, T = idx.size()
+    end = min(T + max_new_tokens, model.config.block_size)
+    cache = model.new_cache(B, end, dtype)
+    pos = torch.arange(T, device=idx.device).expand(B, T)
+    new = idx
+    while idx.size(1) < end:
+        logits, _ = model(new, cache=cache, pos=pos)  # prefill at first, then a token a time
+        new = sample_next(logits[:, -1, :n_vocab], temperature, top_k, top_p, generator)
+        idx = torch.cat((idx, new), dim=1)
+        pos = pos[:, -1:] + 1
+    return idx
+
+
+# -----------------------------------------------------------------------------
+# settings: one dataclass makes the command line, the checks, the checkpoint's copy and the README's table
+
+
+def flag(default, help, low=None, high=None, choices=None):
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclass
+class TrainConfig:
+    preset: str = flag("", "a named set of the flags below: demo, gpt2, gpt2-medium, ..., gpt3-small, ... (see PRESETS)")
+    init_from: str = flag("scratch", "scratch, a GPT-2 name (gpt2-xl), a Hugging Face directory or a checkpoint file")
+    n_layer: int = flag(12, "transformer blocks", 1)
+    n_head: int = flag(12, "attention heads a block", 1)
+    n_embd: int = flag(768, "width of the residual stream", 1)
+    block_size: int = flag(1024, "tokens of context", 1)
+    dropout: float = flag(0.0, "dropout probability", 0.0, 0.99)
+    data_root: str = flag("edu_fineweb10B", "dataset directory, as fineweb.py writes it")
+    shuffle: bool = flag(False, "permute the windows in the first epoch too (later ones always are)")
+    total_batch_size: int = flag(524288, "tokens a step, over all processes and micro-batches", 1)
+    batch_size: int = flag(64, "sequences a micro-batch and process; 0 finds the most that fit", 0)
+    max_steps: int = flag(19073, "optimizer steps in all; 19073 are one epoch of 10B tokens", 1)
+    warmup_steps: int = flag(715, "steps of linear warm-up, capped at max_steps", 0)
+    max_lr: float = flag(6e-4, "learning rate after the warm-up", 0.0)
+    min_lr: float = flag(None, "learning rate at the end of the cosine (default: max_lr / 10)", 0.0)
+    optimizer: str = flag("adamw", "adamw, or muon: torch.optim.Muon for hidden matrices, AdamW for the rest",
+                          choices=("adamw", "muon"))
+    weight_decay: float = flag(0.1, "on tensors of two or more dimensions", 0.0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 switches clipping off", 0.0)
+    eval_interval: int = flag(250, "steps between evaluations", 1)
+    val_tokens: int = flag(10485760, "tokens of the val split to evaluate on", 1)
+    hellaswag_examples: int = flag(10042, "HellaSwag examples an evaluation; 0 switches it off", 0)
+    hellaswag_data: str = flag("", "HellaSwag jsonl file (default: download it once)")
+    num_samples: int = flag(4, "samples printed at an evaluation", 0)
+    sample_prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
+    sample_length: int = flag(32, "tokens a sample, prompt included", 1)
+    sample_temperature: float = flag(1.0, "of the samples; 0 is greedy", 0.0)
+    log_dir: str = flag("log", "where checkpoints, log.txt, log.jsonl and log.png go")
+    log_interval: int = flag(1, "steps between console lines (the files get every step)", 1)
+    checkpoint_interval: int = flag(1000, "steps between checkpoints", 1)
+    keep_checkpoints: int = flag(5, "how many of the newest checkpoints to keep; 0 keeps all", 0)
+    auto_resume: bool = flag(False, "go on from the newest whole checkpoint in log_dir, or start fresh if there is none")
+    resume: bool = flag(False, "go on from --checkpoint_path")
+    checkpoint_path: str = flag("", "the checkpoint of --resume")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = flag("auto", "autocast to bfloat16 or float16, or float32; auto: what the hardware is good at",
+                      choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = flag(True, "torch.compile the model for training")
+    deterministic: bool = flag(False, "on CUDA, kernels whose results repeat bit for bit, somewhat slower")
+    seed: int = flag(1337, "of the initial weights, the order of data and dropout", 0)
+    wandb: bool = flag(False, "log to Weights & Biases as well")
+    tensorboard: bool = flag(False, "log to TensorBoard as well, under log_dir")
+
+    def __post_init__(self):
+        if self.min_lr is None:
+            self.min_lr = self.max_lr / 10
+        for f in dataclasses.fields(self):
+            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, float(value))
+            elif type(value) is not f.type:
+                raise UserError(f"--{f.name} is {value!r}: expected {f.type.__name__}")
+            if choices and value not in choices:
+                raise UserError(f"--{f.name} is {value!r}: choose one of {', '.join(choices)}")
+            if low is not None and not value >= low or high is not None and not value <= high:  # 'not': NaN fails too
+                raise UserError(f"--{f.name} is {value}: expected " + (f"{low} to {high}" if high else f"at least {low}"))
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd {self.n_embd} does not divide by --n_head {self.n_head}: make it a multiple")
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr {self.min_lr} is above --max_lr {self.max_lr}: lower it, or leave it out for a tenth")
+        if self.resume and self.auto_resume:
+            raise UserError("--resume and --auto_resume contradict: --resume names a checkpoint, --auto_resume finds one")
+        if self.resume != bool(self.checkpoint_path):
+            raise UserError("--resume and --checkpoint_path go together: give both, or --auto_resume alone")
+        self.warmup_steps = min(self.warmup_steps, self.max_steps)
+
+
+def shown_default(f):
+    """A field's default as the README's table shows it."""
+    return "" if f.default in (None, "") else f"`{f.default}`"
+
+
+def _size(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
+    """A model size with its rate and batch, for 10B tokens and GPT-3's warm-up of 375M."""
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_lr=max_lr, total_batch_size=total_batch_size,
+                batch_size=batch_size, block_size=block_size, max_steps=10 * 10**9 // total_batch_size,
+                warmup_steps=375 * 10**6 // total_batch_size)
+
+
+DEMO_VOCAB_SIZE = 2048
+
+PRESETS = {
+    # two to three minutes on two CPU cores; chosen by experiment, see README. Not compiled: that takes longer than it saves
+    "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data", shuffle=True,
+                 total_batch_size=2048, batch_size=16, max_steps=1000, warmup_steps=50, max_lr=8e-3, min_lr=0.0,
+                 optimizer="muon", compile=False, eval_interval=500, val_tokens=131072, hellaswag_examples=0,
+                 sample_prompt="def ", sample_length=128, sample_temperature=0.8, log_interval=50,
+                 checkpoint_interval=250, keep_checkpoints=2),
+    # the four sizes of GPT-2; the paper tells no rates, so GPT-3's of the nearest size
+    "gpt2": _size(12, 12, 768, 6e-4, 2**19, 64),
+    "gpt2-medium": _size(24, 16, 1024, 3e-4, 2**19, 32),
+    "gpt2-large": _size(36, 20, 1280, 2.5e-4, 2**19, 16),
+    "gpt2-xl": _size(48, 25, 1600, 2e-4, 2**20, 8),
+    # GPT-3, table 2.1 of arXiv:2005.14165. Two of its rows don't multiply out: XL says 24 heads of 128 for a width of
+    # 2048 (here 16), 13B says a width of 5140 for 40 heads of 128 (here 5120)
+    "gpt3-small": _size(12, 12, 768, 6e-4, 2**19, 32, 2048),
+    "gpt3-medium": _size(24, 16, 1024, 3e-4, 2**19, 16, 2048),
+    "gpt3-large": _size(24, 16, 1536, 2.5e-4, 2**19, 8, 2048),
+    "gpt3-xl": _size(24, 16, 2048, 2e-4, 2**20, 8, 2048),
+    "gpt3-2.7b": _size(32, 32, 2560, 1.6e-4, 2**20, 4, 2048),
+    "gpt3-6.7b": _size(32, 32, 4096, 1.2e-4, 2**21, 2, 2048),
+    "gpt3-13b": _size(40, 40, 5120, 1e-4, 2**21, 1, 2048),
+    "gpt3-175b": _size(96, 96, 12288, 6e-5, 3 * 2**20, 1, 2048),
+}
+
+
+def parse_flags(argv=None):
+    """The flags that were given, over those of the preset: {name: value}. Raises UserError for one that is unknown."""
+    def boolean(text):
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+        return text.lower() in ("true", "1", "yes")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def fail(message):  # argparse would print the whole usage first
+        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1)
+        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
+
+    parser.error = fail
+    for f in dataclasses.fields(TrainConfig):
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", nargs="?", const=True, type=boolean, metavar="BOOL",
+                                help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+            parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            default = "" if f.default in (None, "") else f" (default: {f.default})"
+            parser.add_argument(f"--{f.name}", type=f.type, help=(f.metadata["help"] + default).replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    name = given.get("preset", "")
+    if name and name not in PRESETS:
+        raise UserError(f"--preset is {name!r}: choose one of {', '.join(PRESETS)}")
+    return {**PRESETS.get(name, {}), **given}
+
+
+# -----------------------------------------------------------------------------
+# where it runs
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of torchrun; alone by default."""
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+
+@contextlib.contextmanager
+def distributed():
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    if "RANK" not in os.environ:
+        yield World()
+        return
+    world = World(*(int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    # NCCL for what lives on a GPU; gloo for the rest, such as the state that rank 0 reads and hands round
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield world
+    dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
+
+
+def resolve_device(name="auto", local_rank=None):
+    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the one of the local rank."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and local_rank is None else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local_rank or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps is not there: this machine or this build of torch has no Metal")
+    return device
+
+
+def resolve_dtype(name, device):
+    """The torch.dtype of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def compile_model(model, device, say):
+    """torch.compile(model), or the model itself with a warning where a trial shows that there is no working compiler."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as e:  # a missing gcc, Triton or OpenMP, each with an exception of its own
+        say(f"warning: torch.compile does not work here, going on without ({str(e).strip().splitlines()[0]})")
+        return model
+    return torch.compile(model)
+
+
+# -----------------------------------------------------------------------------
+# data: which tokens a step reads
+
+
+class TokenLoader:
+    """One split of a dataset as an endless stream of tokens, a pure function of (seed, position).
+
+    The shards joined are a ring of N tokens. The stream runs round it lap after lap (an epoch is a lap), cut into windows
+    of T = block_size tokens, each predicting the token after it; that of the last token is the first, an <|endoftext|>.
+    The first lap is in file order unless `shuffle`; in the later ones the windows that lie whole inside the lap are
+    visited in a seeded permutation, shard by shard, so that one shard at a time is read. A window across two laps stays
+    where it is: thus every N tokens from the start of a lap hold each token once, whatever N and T.
+    """
+
+    def __init__(self, data_root, split, block_size, seed=0, shuffle=False):
+        self.paths = list_shards(data_root, split)
+        if not self.paths:
+            raise UserError(f"no {split} shards in {str(data_root)!r}")
+        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
+        self.starts = np.cumsum([0] + [len(open_shard(path)) for path in self.paths])  # ring offset of each shard, and N
+        self.n_tokens = int(self.starts[-1])
+        if self.n_tokens < 2:
+            raise UserError(f"the {split} split of {str(data_root)!r} has {self.n_tokens} tokens: too few to predict one")
+        # few shards are mapped at a time, else resident memory would grow with the dataset
+        self._shard = functools.lru_cache(2)(lambda i: open_shard(self.paths[i]))
+        self._permutation = functools.lru_cache(2)(lambda n, *key: np.random.default_rng((seed, *key)).permutation(n))
+        self._lap = functools.lru_cache(2)(self._lap)
+
+    def _lap(self, lap):
+        """(order of shards, windows up to the end of each in that order, first window of each shard) in a lap."""
+        N, T = self.n_tokens, self.block_size
+        first, last = -(-lap * N // T), (lap + 1) * N // T  # windows first..last-1 lie whole inside the lap
+        edges = np.clip(-(-(lap * N + self.starts) // T), first, last)  # a window belongs to the shard it starts in
+        order = np.random.default_rng((self.seed, lap)).permutation(len(self.paths))
+        return order, np.cumsum(np.diff(edges)[order]), edges
+
+    def _window(self, k):
+        """Ring offset of the k-th window of the run."""
+        N, T = self.n_tokens, self.block_size
+        lap = k * T // N
+        whole = lap * N <= k * T and (k + 1) * T <= (lap + 1) * N
+        if whole and (lap > 0 or self.shuffle):
+            order, ends, edges = self._lap(lap)
+            i = k - int(edges[0])
+            n = int(np.searchsorted(ends, i, side="right"))
+            shard = order[n]
+            count = edges[shard + 1] - edges[shard]
+            k = int(edges[shard] + self._permutation(count, lap, shard)[i - (ends[n] - count)])
+        return k * T % N
+
+    def _read(self, start, n):
+        """n tokens from ring offset `start` on, as int64."""
+        out = np.empty(n, dtype=np.int64)
+        done = 0
+        while done < n:
+            at = (start + done) % self.n_tokens
+            i = int(np.searchsorted(self.starts, at, side="right")) - 1
+            piece = self._shard(i)[at - self.starts[i]:][:n - done]
+            out[done:done + len(piece)] = piece
+            done += len(piece)
+        return out
+
+    def batches(self, position, n_tokens, batch_size, world=World()):
+        """Yield this process's share of the n_tokens from `position` on, in micro-batches (x, y, tokens in it).
+
+        x, y: (up to batch_size, block_size) int64. The tokens are cut into rows at the windows' borders, the rows dealt
+        out to the processes. A row that is cut short, or begins inside a window, is padded with targets of -1. A process
+        left without a row gets one of 0 tokens, so that it can take part in what follows.
+        """
+        T = self.block_size
+        rows = []  # (position of the first token, length)
+        while n_tokens > 0:
+            length = min(T - position % T, n_tokens)
+            rows.append((position, length))
+            position, n_tokens = position + length, n_tokens - length
+        mine = rows[world.rank::world.size]
+        for i in range(0, max(len(mine), 1), batch_size):
+            micro = mine[i:i + batch_size] or rows[:1]
+            x = torch.zeros(len(micro), T, dtype=torch.int64)
+            y = torch.full((len(micro), T), -1)
+            for row, (p, length) in enumerate(micro):
+                tokens = torch.from_numpy(self._read(self._window(p // T) + p % T, length + 1))
+                x[row, :length], y[row, :length] = tokens[:-1], tokens[1:]
+            yield x, y, sum(length for _, length in micro) if mine else 0
+
+
+def prefetch(steps, device):
+    """Yield the lists of micro-batches that `steps` yields, moved to the device by a second thread, one step ahead."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def load():
+        micro_batches = list(next(steps))
+        if stream is None:
+            return [(x.to(device), y.to(device), n) for x, y, n in micro_batches]
+        with torch.cuda.stream(stream):
+            return [(x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), n)
+                    for x, y, n in micro_batches]
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(load)
+        while True:
+            micro_batches = ahead.result()
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)  # the copies are done before the model reads them, and
+                for x, y, _ in micro_batches:  # their memory is not given to the next copies while it still does
+                    x.record_stream(torch.cuda.current_stream())
+                    y.record_stream(torch.cuda.current_stream())
+            ahead = thread.submit(load)
+            yield micro_batches
+
+
+# -----------------------------------------------------------------------------
+# the parts of a training step
+
+
+def configure_optimizers(model, cfg, device):
+    """The optimizers of a run: AdamW, and with --optimizer muon torch's Muon for the matrices inside the blocks.
+
+    Tensors of two or more dimensions decay, biases and norms don't. Muon (https://kellerjordan.github.io/posts/muon) scales
+    its updates to the size of AdamW's (arXiv:2502.16982), so that one learning rate serves both.
+    """
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = {n for n, p in params.items() if cfg.optimizer == "muon" and p.dim() == 2 and n.startswith("transformer.h.")}
+    rest = [p for n, p in params.items() if n not in hidden]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8,
+                                    fused=device.type in ("cuda", "cpu"))]
+    if hidden:
+        optimizers.append(torch.optim.Muon([params[n] for n in sorted(hidden)], lr=cfg.max_lr,
+                                           weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def get_lr(step, cfg):
+    """The learning rate of a step: linear warm-up to max_lr, then a cosine to min_lr at max_steps."""
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    ratio = min((step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1), 1.0)
+    return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (cfg.max_lr - cfg.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World()):
+    """Mean loss in nats a token over the first n_tokens predictions of a split, the same for any number of processes."""
+    model.eval()
+    n_tokens = min(n_tokens, loader.n_tokens - 1)  # not round the ring: the last token has nothing to predict
+    total = torch.zeros(1, dtype=torch.float64)
+    n_batches = -(-n_tokens // loader.block_size // world.size // batch_size)
+    for x, y, n in tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches, desc="validation", leave=False,
+                        disable=None if world.rank == 0 else True):
+        if n:
+            with autocast:
+                _, loss = model(x.to(device), y.to(device))
+            total += loss.item() * n
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / n_tokens
+
+
+def find_batch_size(model, cfg, device, autocast, world):
+    """The most sequences, a power of two, whose forward and backward pass fit beside the state of AdamW."""
+
+    def fits(B):
+        if device.type == "cpu":  # nothing tells in time: count the bytes of the logits and of what the blocks keep
+            c = model.config
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return B * cfg.block_size * (10 * c.vocab_size + 80 * c.n_layer * c.n_embd) < free / 2
+        try:
+            state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
+            idx = torch.zeros(B, cfg.block_size, dtype=torch.int64, device=device)
+            with autocast:
+                _, loss = model(idx, idx)
+            loss.backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    B = 1 << max(0, (cfg.total_batch_size // (cfg.block_size * world.size)).bit_length() - 1)  # more is never needed
+    while B > 1 and not fits(B):
+        B //= 2
+    if world.size > 1:
+        smallest = torch.tensor(B)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        B = int(smallest)
+    return B
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+CHECKPOINT_VERSION = 1
+
+
+def save_checkpoint(log_dir, state, keep):
+    """Write log_dir/model_{step}.pt whole or not at all, let latest_checkpoint.pt name it, drop the oldest beyond `keep`.
+
+    Raises UserError where that can't be done; the checkpoints that were there are intact then.
+    """
+    def write(f):
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:  # torch's zip writer falls over the disk's own error, which tells more
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+    path = Path(log_dir) / f"model_{state['step']:05d}.pt"
+    atomic_write(path, write)
+    latest, link = path.with_name("latest_checkpoint.pt"), path.with_name("latest_checkpoint.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(path.name)
+        except OSError:  # Windows, some network drives
+            shutil.copyfile(path, link)
+        os.replace(link, latest)
+        for old in list_checkpoints(log_dir)[keep or None:]:
+            old.unlink()
+    except OSError as e:
+        raise UserError(f"{path} is saved, but {e.filename}: {e.strerror}") from e
+    return path
+
+
+def list_checkpoints(log_dir):
+    """Paths of the checkpoints of a run, newest first."""
+    found = [p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()]
+    return sorted(found, key=lambda p: int(p.stem[6:]), reverse=True)
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer; nothing in it is run.
+
+    Reads this repository's, build-nanogpt's (whose config is a pickled GPTConfig) and nanoGPT's (model_args). Raises
+    UserError for anything else, with what is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(str(p) for p in list_checkpoints(path.parent)[:5]) or "none"
+        raise UserError(f"no checkpoint {str(path)!r}; checkpoints beside it: {there}")
+    try:
+        with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig"), (GPTConfig, "train_gpt2.GPTConfig")]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read: {reason[0][:150]}") from e
+    if isinstance(checkpoint, dict) and "model_args" in checkpoint:  # nanoGPT
+        checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
+    missing = [k for k in ("model", "config") if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing:
+        raise UserError(f"{str(path)!r} is no checkpoint of a GPT: it has no {' and no '.join(missing)}")
+    if isinstance(checkpoint["config"], GPTConfig):  # build-nanogpt
+        checkpoint["config"] = asdict(checkpoint["config"])
+    names = {f.name for f in dataclasses.fields(GPTConfig)}
+    checkpoint["config"] = {k: v for k, v in checkpoint["config"].items() if k in names}
+    for prefix in ("module.", "_orig_mod."):  # saved from inside DDP or torch.compile
+        checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
+    checkpoint.setdefault("tokenizer", {"name": "gpt2"})
+    return checkpoint
+
+
+def find_start(flags, world):
+    """The checkpoint dict that a run starts from, or None for a fresh model. Rank 0 reads it and hands it round.
+
+    Its "train_config" holds the settings that count where no flag says otherwise: all of them when the run is resumed
+    (there is a "step" then), the model's shape alone when its weights are only the start (--init_from).
+    """
+    start = None
+    if world.rank == 0:
+        init_from = flags.get("init_from", "scratch")
+        if flags.get("resume"):
+            start = load_checkpoint(flags["checkpoint_path"])
+            if "train_config" not in start:
+                raise UserError(f"{flags['checkpoint_path']!r} has no training state to resume: use it with --init_from")
+        elif flags.get("auto_resume"):
+            for path in list_checkpoints(flags.get("log_dir", TrainConfig.log_dir)):
+                try:
+                    start = load_checkpoint(path)
+                    start["position"], start["optimizer"]
+                    break
+                except (UserError, KeyError) as e:
+                    start = None
+                    print(f"skipping {path}: {e}", file=sys.stderr)
+        if start is not None:
+            for name in ("preset", "resume", "auto_resume", "checkpoint_path"):
+                start["train_config"].pop(name, None)
+        elif init_from != "scratch":
+            if Path(init_from).is_file():
+                start = load_checkpoint(init_from)
+            else:
+                model = GPT.from_pretrained(init_from)
+                start = {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": {"name": "gpt2"}}
+            start = {k: start[k] for k in ("model", "config", "tokenizer")}
+            start["train_config"] = {k: start["config"][k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
+    if world.size > 1:  # other hosts may not see rank 0's disk
+        message = [start]
+        dist.broadcast_object_list(message, src=0)
+        start = message[0]
+    return start
+
+
+def restore_model(checkpoint, block_size=None, dropout=None):
+    """The GPT of a checkpoint dict, its context cut to block_size and its dropout set where they are given."""
+    config = GPTConfig(**checkpoint["config"])
+    state = checkpoint["model"]
+    if block_size is not None and block_size < config.block_size:
+        state = {**state, "transformer.wpe.weight": state["transformer.wpe.weight"][:block_size]}
+        config.block_size = block_size
+    if dropout is not None:
+        config.dropout = dropout
+    model = GPT(config)
+    try:
+        model.load_state_dict({k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))})
+    except RuntimeError as e:
+        raise UserError("the checkpoint's weights do not fit its config: " + str(e).splitlines()[1].strip()) from e
+    return model
+
+
+def check_fit(cfg, start, tokenizer):
+    """Raise UserError where the settings or the dataset's tokenizer do not fit the checkpoint that a run starts from."""
+    theirs = start["config"]
+    for name in ("n_layer", "n_head", "n_embd"):
+        if getattr(cfg, name) != theirs[name]:
+            raise UserError(f"--{name} is {getattr(cfg, name)}, but the checkpoint's model has {theirs[name]}: leave it out")
+    if cfg.block_size > theirs["block_size"] or "step" in start and cfg.block_size != theirs["block_size"]:
+        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {theirs['block_size']}: "
+                        + ("leave it out" if "step" in start else "give at most that"))
+    if start["tokenizer"] != tokenizer_to_dict(tokenizer):
+        raise UserError(f"the tokenizer of --data_root {cfg.data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) is "
+                        f"not the checkpoint's ({start['tokenizer']['name']}): give the dataset that goes with it")
+    if "step" in start and len(start["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
+        raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with another: leave it out")
+
+
+def get_rng(device):
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_rng(device, state):
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+
+# -----------------------------------------------------------------------------
+# the log
+
+
+class RunLog:
+    """What a run leaves to look at: log.jsonl (all that is known), log.txt (step, kind, value a line) and log.png.
+
+    A disk that is full warns once and never stops the run.
+    """
+
+    def __init__(self, cfg, step, facts):
+        """Start afresh where step is None, after moving an earlier run out of the way; else go on at `step`."""
+        self.dir = Path(cfg.log_dir)
+        self.warned = False
+        self.sinks = []
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if step is None:
+                names = ("log.*", "model_*.pt", "latest_checkpoint.pt", "tensorboard")
+                self._move_aside([path for name in names for path in self.dir.glob(name)])
+            else:  # later checkpoints belong to a course that this run leaves, or are torn
+                self._move_aside([path for path in list_checkpoints(self.dir) if int(path.stem[6:]) > step])
+                self._drop_after(step)
+        except OSError as e:
+            raise UserError(f"--log_dir {cfg.log_dir} can't be written to: {e.strerror}") from e
+        self._append("log.jsonl", json.dumps({"kind": "config" if step is None else "resume", "step": step or 0, **facts}))
+        if cfg.wandb:
+            run = import_optional("wandb").init(project="gpt2", dir=cfg.log_dir, config=facts["config"])
+            self.sinks.append(lambda name, value, step: run.log({name: value}, step=step))
+        if cfg.tensorboard:
+            writer = import_optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(self.dir / "tensorboard")
+            self.sinks.append(writer.add_scalar)
+
+    def _move_aside(self, paths):
+        """Move what an earlier run left into the first free numbered folder beside this one: nothing is overwritten."""
+        if paths:
+            asides = (self.dir.with_name(f"{self.dir.name}_{i:03d}") for i in itertools.count(1))
+            aside = next(path for path in asides if not path.exists())
+            aside.mkdir()
+            for path in paths:
+                os.replace(path, aside / path.name)
+            print(f"moved {len(paths)} files of an earlier run from {self.dir} to {aside}")
+
+    def _drop_after(self, step):
+        """Drop what the run wrote after its checkpoint at `step`: training step k comes after checkpoint k."""
+        kept = [r for r in self._records() if r["step"] < step or r["step"] == step and r["kind"] != "train"]
+        text = "".join(self._line(r) + "\n" for r in kept if r["kind"] in self.VALUE)
+        atomic_write(self.dir / "log.txt", lambda f: f.write(text.encode()))
+        atomic_write(self.dir / "log.jsonl", lambda f: f.write("".join(json.dumps(r) + "\n" for r in kept).encode()))
+
+    VALUE = {"train": ("loss", ".6f"), "val": ("loss", ".4f"), "hella": ("acc_norm", ".4f")}  # what log.txt tells of each
+
+    def _line(self, record):
+        name, digits = self.VALUE[record["kind"]]
+        return f"{record['step']} {record['kind']} {math.nan if record[name] is None else record[name]:{digits}}"
+
+    def _records(self):
+        path = self.dir / "log.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # a crash cut it short
+                records.append(json.loads(line))
+        return records
+
+    def _append(self, name, line):
+        try:
+            with open(self.dir / name, "a") as f:
+                f.write(line + "\n")
+        except OSError as e:
+            if not self.warned:
+                print(f"warning: {self.dir / name} can't be written to ({e.strerror}); training goes on", file=sys.stderr)
+            self.warned = True
+
+    def write(self, step, kind, **values):
+        """Record the values of a kind (train, val, hella) at a step."""
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        record = {"kind": kind, "step": step, **finite}
+        self._append("log.jsonl", json.dumps(record))
+        self._append("log.txt", self._line(record))
+        for sink in self.sinks:
+            for name, value in values.items():
+                if value is not None:
+                    sink(f"{kind}/{name}", value, step)
+
+    def draw(self, gpt2_tokens):
+        """Redraw log.png, with the published GPT-2 and GPT-3 lines where the tokens are GPT-2's."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        records = self._records()
+
+        def curve(kind):
+            name, _ = self.VALUE[kind]
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+            return [x for x, _ in points], [y for _, y in points]
+
+        train, val, hella = map(curve, self.VALUE)
+        fig, axes = plt.subplots(1, 2 if hella[0] else 1, figsize=(13 if hella[0] else 7, 4.5), squeeze=False)
+        axes[0][0].plot(*train, lw=0.8, alpha=0.6, label="train")
+        axes[0][0].plot(*val, marker=".", label=f"val {val[1][-1]:.4f}" if val[1] else "val")
+        axes[0][0].set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+        if hella[0]:
+            axes[0][1].plot(*hella, marker=".", label=f"this run {hella[1][-1]:.4f}")
+            axes[0][1].set(xlabel="step", ylabel="acc_norm", title="HellaSwag")
+        if gpt2_tokens:
+            axes[0][0].axhline(3.2924, color="r", ls="--", lw=1, label="OpenAI GPT-2 (124M) on FineWeb-Edu val")
+            if hella[0]:
+                axes[0][1].axhline(0.2945, color="r", ls="--", lw=1, label="OpenAI GPT-2 (124M)")
+                axes[0][1].axhline(0.337, color="g", ls="--", lw=1, label="OpenAI GPT-3 (124M)")
+        for ax in axes[0]:
+            ax.grid(alpha=0.3)
+            ax.legend()
+        fig.tight_layout()
+        with contextlib.suppress(UserError):  # a full disk; the next evaluation tries again
+            atomic_write(self.dir / "log.png", lambda f: fig.savefig(f, format="png", dpi=110))
+        plt.close(fig)
+
+
+def import_optional(module, package=None):
+    import importlib
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{module} is not installed: pip install {package or module}") from e
+
+
+def git_commit():
+    """The commit of this checkout, or None outside of one."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+PEAK_TFLOPS = {  # dense bf16 (float16 where there is none), from the makers' datasheets
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125,
+    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}
+
+
+# -----------------------------------------------------------------------------
+# the training loop
+
+
+def train(cfg, start, world=World()):
+    """Train as cfg says, from what find_start found (None: from scratch); returns the last validation loss."""
+    master = world.rank == 0
+
+    def say(text):
+        if master:
+            tqdm.write(text)
+
+    # where it runs
+    device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
+    dtype = resolve_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device_type=device.type, dtype=dtype, enabled=dtype != torch.float32)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    # the data
+    tokenizer = load_tokenizer(cfg.data_root)
+    loader = TokenLoader(cfg.data_root, "train", cfg.block_size, cfg.seed, cfg.shuffle)
+    val_loader = TokenLoader(cfg.data_root, "val", cfg.block_size)
+    meta = read_meta(cfg.data_root)
+    tokens_per_byte = meta["tokens"]["val"] / meta["bytes"]["val"] if meta.get("bytes", {}).get("val") else None
+    hellaswag_examples = load_hellaswag(cfg, world, say)
+
+    # the model; the same on every process
+    torch.manual_seed(cfg.seed)
+    if start is None:
+        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # 50257 -> 50304: matrix products like round numbers
+        raw_model = GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
+    else:
+        check_fit(cfg, start, tokenizer)
+        raw_model = restore_model(start, cfg.block_size, cfg.dropout)
+    raw_model.to(device)
+    optimizers = configure_optimizers(raw_model, cfg, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    torch.manual_seed(cfg.seed + world.rank)  # dropout differs between processes
+
+    # where the run stands
+    step, position, val_loss, val_step = 0, 0, None, None
+    resumed = start is not None and "step" in start
+    if resumed:
+        step, position, val_loss, val_step = (start[k] for k in ("step", "position", "val_loss", "val_step"))
+        for optimizer, state in zip(optimizers, start["optimizer"], strict=True):
+            for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                saved.update({k: v for k, v in ours.items() if k != "params"})  # what the flags say counts
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(start["scaler"])
+        if world.rank < len(start["rng"]):
+            set_rng(device, start["rng"][world.rank])
+        say(f"resuming at step {step} of {cfg.max_steps}, {position:,} tokens into the run")
+    start_step, start = step, None  # free the copy of the weights
+    batch_size = cfg.batch_size or find_batch_size(raw_model, cfg, device, autocast, world)
+    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world)
+                      for p in itertools.count(position, cfg.total_batch_size)), device)
+
+    # the compiled, distributed model trains; the raw one shares its weights, and evaluates, samples and is saved
+    model = compile_model(raw_model, device, say) if cfg.compile else raw_model
+    if world.size > 1:
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+    say(f"{n_params / 1e6:.1f}M parameters on {world.size} x {device_name}, {str(dtype).removeprefix('torch.')}, "
+        f"{loader.n_tokens:,} training tokens, micro-batches of {batch_size} x {cfg.block_size}, "
+        f"{-(-cfg.total_batch_size // (batch_size * cfg.block_size * world.size))} a step and process")
+    log = RunLog(cfg, step if resumed else None, dict(
+        config=asdict(cfg), parameters=n_params, git_commit=git_commit(), torch=torch.__version__, device=device_name,
+        dtype=str(dtype), world_size=world.size, batch_size=batch_size, vocab_size=raw_model.config.vocab_size,
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))) if master else None
+
+    # SIGTERM and SIGINT let the step end and save; the second one is not caught
+    signals = []
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    old_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    stop = False
+    bad_steps = 0
+    bar = tqdm(total=cfg.max_steps, initial=step, desc="training", unit="step", dynamic_ncols=True,
+               disable=None if master else True)
+
+    while True:
+        last_step = step == cfg.max_steps
+
+        # once in a while evaluate, and look at what the model says
+        if (step % cfg.eval_interval == 0 or last_step) and step != val_step and not stop:
+            val_loss, val_step = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device, autocast, world), step
+            bpb = {"bpb": val_loss * tokens_per_byte / math.log(2)} if tokens_per_byte else {}
+            say(f"step {step:5d} | validation loss: {val_loss:.4f}" + (f" | {bpb['bpb']:.4f} bits per byte" if bpb else ""))
+            if master:
+                log.write(step, "val", loss=val_loss, **bpb)
+            if hellaswag_examples:
+                scores = hellaswag.evaluate(raw_model, hellaswag_examples, tokenizer, autocast, world.rank, world.size)
+                say(f"step {step:5d} | HellaSwag accuracy: {scores['acc_norm']:.4f} on {scores['examples']} examples")
+                if master:
+                    log.write(step, "hella", acc_norm=scores["acc_norm"], acc=scores["acc"])
+            if master and step > 0:
+                for text in sample(raw_model, cfg, tokenizer, device, autocast, dtype):
+                    say(f"sample: {text}")
+            if master:
+                log.draw(gpt2_tokens=tokenizer.name == "gpt2")
+
+        # once in a while write a checkpoint
+        if step > start_step and (step % cfg.checkpoint_interval == 0 or last_step or stop):
+            rng = [get_rng(device)]
+            if world.size > 1:
+                rng = [None] * world.size
+                dist.all_gather_object(rng, get_rng(device))
+            if master:
+                try:
+                    path = save_checkpoint(cfg.log_dir, dict(
+                        version=CHECKPOINT_VERSION, model=raw_model.state_dict(), config=asdict(raw_model.config),
+                        optimizer=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(), rng=rng,
+                        train_config=asdict(cfg), tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
+                        val_loss=val_loss, val_step=val_step), cfg.keep_checkpoints)
+                    say(f"step {step:5d} | saved {path}")
+                except UserError as e:
+                    if last_step or stop:
+                        raise
+                    say(f"warning: step {step} is not saved, training goes on: {e}")
+        if last_step or stop:
+            break
+
+        # do one step of the optimization
+        t0 = time.perf_counter()
+        model.train()
+        loss_sum = torch.zeros((), device=device)
+        micro_batches = next(steps)
+        for i, (x, y, n) in enumerate(micro_batches):
+            if world.size > 1:  # gradients meet after the last micro-step alone; the forward pass reads this too
+                model.require_backward_grad_sync = i == len(micro_batches) - 1
+            with autocast:
+                _, loss = model(x, y)
+            loss = loss * (n / cfg.total_batch_size)  # a token counts the same in a short micro-batch
+            loss_sum += loss.detach()
+            scaler.scale(loss * world.size).backward()  # DDP takes the mean over processes; it is the sum that is wanted
+        if world.size > 1:  # one tells of a signal, all stop at the same step
+            totals = torch.stack((loss_sum, torch.tensor(float(bool(signals)), device=device)))
+            dist.all_reduce(totals)
+            loss_sum, stop = totals[0], totals[1].item() > 0
+        else:
+            stop = bool(signals)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf).item()
+        lr = get_lr(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if math.isfinite(norm):
+                scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        loss = loss_sum.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # so that the step is timed to its end
+        dt = time.perf_counter() - t0
+        tokens_per_second = cfg.total_batch_size / dt
+
+        # tell of it
+        mfu = tokens_per_second * raw_model.flops_per_token() / (peak * world.size) if peak else None
+        bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
+        if bad_steps:
+            say(f"step {step:5d} | warning: the gradient norm is {norm}, the update is skipped")
+        if step % cfg.log_interval == 0:
+            say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | dt: {dt * 1000:.2f}ms | "
+                f"tok/sec: {tokens_per_second:.2f}" + (f" | mfu: {mfu:.2%}" if mfu else ""))
+        if master:
+            memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+            log.write(step, "train", loss=loss, lr=lr, norm=norm, ms=dt * 1000,
+                      tokens_per_second=tokens_per_second, mfu=mfu, memory_mib=memory)
+        bar.update()
+        if bad_steps == 10:
+            raise UserError(f"stopped at step {step}: the gradient norm was not finite ten steps in a row. Start again from "
+                            "the last checkpoint with a smaller --max_lr, or look at the data")
+        step += 1
+        position += cfg.total_batch_size
+
+    bar.close()
+    steps.close()
+    for s, handler in old_handlers.items():
+        signal.signal(s, handler)
+    say(f"stopped after {step} of {cfg.max_steps} steps; --auto_resume goes on" if stop and not last_step else
+        f"done: {step} steps, {position:,} tokens" + (f", val loss {val_loss:.4f}" if val_loss is not None else ""))
+    return val_loss
+
+
+def load_hellaswag(cfg, world, say):
+    """The HellaSwag examples of every evaluation, read by rank 0; none, with a warning, where they can't be had."""
+    examples = []
+    if cfg.hellaswag_examples and world.rank == 0:
+        try:
+            examples = hellaswag.load_examples(cfg.hellaswag_data)[:cfg.hellaswag_examples]
+        except (UserError, OSError) as e:
+            say(f"warning: no HellaSwag evaluation in this run: {e}")
+    if world.size > 1:
+        message = [examples]
+        dist.broadcast_object_list(message, src=0)
+        examples = message[0]
+    return examples
+
+
+def sample(model, cfg, tokenizer, device, autocast, dtype):
+    """cfg.num_samples texts that continue cfg.sample_prompt, the same at every call for the same weights."""
+    if not cfg.num_samples:
+        return []
+    model.eval()
+    prompt = tokenizer.encode_ordinary(cfg.sample_prompt) or [tokenizer.eot_token]
+    idx = torch.tensor([prompt[-cfg.block_size:]] * cfg.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(42)  # its own: sampling must not change what training draws
+    with autocast:
+        idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab, cfg.sample_temperature, top_k=50,
+                       generator=generator, dtype=dtype)
+    return [tokenizer.decode(row) for row in idx.tolist()]
+
+
+def main():
+    flags = parse_flags()
+    # contradictions show before anything is read; the rest is checked when the checkpoint's settings are known
+    TrainConfig(**{k: v for k, v in flags.items() if k in ("resume", "auto_resume", "checkpoint_path")})
+    with distributed() as world:
+        start = find_start(flags, world)
+        cfg = TrainConfig(**{**(start["train_config"] if start else {}), **flags})
+        if not list_shards(cfg.data_root, "train"):
+            if cfg.preset != "demo" or cfg.data_root != PRESETS["demo"]["data_root"]:
+                raise UserError(
+                    f"no shards in {cfg.data_root!r}. Make them: python fineweb.py --data_root {cfg.data_root}\n"
+                    "or see it all work on a small corpus first, in minutes: python train_gpt2.py --preset demo")
+            if world.rank == 0:
+                print(f"no shards in {cfg.data_root!r}: making some from the Python standard library of this interpreter")
+                prepare(cfg.data_root, source="stdlib", tokenizer="bpe", vocab_size=DEMO_VOCAB_SIZE)
+            if world.size > 1:
+                dist.all_reduce(torch.zeros(1))  # wait for it
+        try:
+            train(cfg, start, world)
+        except torch.OutOfMemoryError as e:
+            raise UserError(f"out of memory at --batch_size {cfg.batch_size}: try half of it, or 0 to find what fits") from e
+
+
+if __name__ == "__main__":
+    run_main(main)
