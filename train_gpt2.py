@@ -48,6 +48,12 @@ import hellaswag
 from fineweb import (UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta, run_main,
                      tokenizer_to_dict)
 
+
+def first_line(error):
+    """What an exception of another library says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 # -----------------------------------------------------------------------------
 # the model
 
@@ -214,7 +220,7 @@ class GPT(nn.Module):
         try:
             hf = GPT2LMHeadModel.from_pretrained(name)
         except OSError as e:
-            raise UserError(f"no GPT-2 model {name!r} could be loaded: {str(e).splitlines()[0]}") from e
+            raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(e)}") from e
         c = hf.config
         if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu") or c.n_inner not in (None, 4 * c.n_embd):
             raise UserError(f"{name!r} is not plain GPT-2: activation {c.activation_function}, n_inner {c.n_inner}")
@@ -482,7 +488,7 @@ def compile_model(model, device, say):
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # a missing gcc, Triton or OpenMP, each with an exception of its own
-        say(f"warning: torch.compile does not work here, going on without ({str(e).strip().splitlines()[0]})")
+        say(f"warning: torch.compile does not work here, going on without ({first_line(e)})")
         return model
     return torch.compile(model)
 
@@ -732,8 +738,7 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig"), (GPTConfig, "train_gpt2.GPTConfig")]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise UserError(f"{str(path)!r} is no checkpoint that can be read: {reason[0][:150]}") from e
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read: {first_line(e)}") from e
     if isinstance(checkpoint, dict) and "model_args" in checkpoint:  # nanoGPT
         checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
     missing = [k for k in ("model", "config") if not isinstance(checkpoint, dict) or k not in checkpoint]
@@ -1033,7 +1038,9 @@ def train(cfg, start, world=World()):
         if world.rank < len(start["rng"]):
             set_rng(device, start["rng"][world.rank])
         say(f"resuming at step {step} of {cfg.max_steps}, {position:,} tokens into the run")
-    start_step, start = step, None  # free the copy of the weights
+    start_step = step
+    if start is not None:
+        start.clear()  # the caller holds it too, and a copy of the weights is not for keeping
     batch_size = cfg.batch_size or find_batch_size(raw_model, cfg, device, autocast, world)
     steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world)
                       for p in itertools.count(position, cfg.total_batch_size)), device)
@@ -1059,7 +1066,8 @@ def train(cfg, start, world=World()):
 
     def on_signal(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for s in old_handlers:
+            signal.signal(s, signal.SIG_DFL)
 
     old_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     stop = False

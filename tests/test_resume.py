@@ -88,6 +88,20 @@ def test_ctrl_c_in_the_first_steps_saves_too(tmp_path, references):
     assert list((tmp_path / "log").glob("model_*.pt"))
 
 
+def test_a_second_signal_exits_at_once(tmp_path, references):
+    settings = {**LONG, "total_batch_size": 1 << 22, "log_interval": 1}  # a step of minutes
+    process = start("train_gpt2.py", *flags(**settings, data_root=references.data), cwd=tmp_path)
+    while "validation loss" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):  # the first one lets the step end
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.stdout.close()
+
+
 def test_kill_9_loses_the_steps_since_the_last_checkpoint_alone(tmp_path, references):
     expected = references(**LONG)
     argv = flags(**LONG, auto_resume=True, data_root=references.data)
