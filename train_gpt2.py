@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,23 +71,33 @@ class GPTConfig:
     gelu: str = "tanh"  # GPT-2's approximation; "none" is the exact GELU of nanoGPT checkpoints
 
 
+@dataclass
 class KVCache:
-    """The keys and values of `slots` sequences, each kept at the position of its token.
+    """The keys and values of a number of sequences (slots), each kept at the position of its token.
 
-    keys, values: (n_layer, slots, n_head, size, head_size); `size` is the longest sequence it has room for.
+    keys, values: (n_layer, slots, n_head, size, head_size); `size` is the longest sequence there is room for.
     """
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def __init__(self, config, slots, size, device, dtype):
-        shape = (config.n_layer, slots, config.n_head, size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def narrow(self, first, slots, size):
+        """The cache of `slots` slots from `first` on, up to position `size`: a view of this one."""
+        return KVCache(self.keys[:, first:first + slots, :, :size], self.values[:, first:first + slots, :, :size])
 
     def append(self, layer, pos, k, v):
-        """Store k, v (B, nh, T, hs) at pos (B, T); returns all keys and values of the layer, (B, nh, size, hs)."""
-        rows = torch.arange(pos.size(0), device=pos.device)[:, None]  # (B, 1), pairs with pos
-        self.keys[layer][rows, :, pos] = k.transpose(1, 2)
-        self.values[layer][rows, :, pos] = v.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+        """Store k, v (B, nh, T, hs) in the first B slots, at pos (B, T) or, where that is None, from position 0 on.
+
+        Returns the keys and values to attend to: all there is room for, (B, nh, size, hs), or those given.
+        """
+        B, _, T, _ = k.size()
+        keys, values = self.keys[layer, :B], self.values[layer, :B]
+        if pos is None:
+            keys[:, :, :T], values[:, :, :T] = k, v
+            return k, v
+        rows = torch.arange(B, device=pos.device)[:, None]  # (B, 1), pairs with pos
+        keys[rows, :, pos] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, pos] = v.transpose(1, 2).to(values.dtype)
+        return keys, values
 
 
 class CausalSelfAttention(nn.Module):
@@ -108,12 +119,11 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
+        if cache is not None:
             k, v = cache.append(self.layer, pos, k, v)  # (B, nh, S, hs)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            q = q.to(k.dtype)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None).to(x.dtype)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # re-assemble all head outputs side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -175,18 +185,17 @@ class GPT(nn.Module):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
         With a KVCache, idx holds the new tokens of the first B slots alone and pos (B, T) their positions; each
-        attends to whatever its slot holds at positions up to its own.
+        attends to whatever its slot holds at positions up to its own. Without pos the slots are filled afresh.
         """
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's block size {self.config.block_size}")
-        mask = None
-        if cache is None:
-            pos = torch.arange(T, device=idx.device)  # (T)
-        else:
+        mask = None  # causal
+        if pos is not None:
             size = cache.keys.size(3)
             mask = (torch.arange(size, device=idx.device) <= pos[:, :, None])[:, None]  # (B, 1, T, size)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
+        where = torch.arange(T, device=idx.device) if pos is None else pos
+        x = self.transformer.wte(idx) + self.transformer.wpe(where)  # (B, T, n_embd)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, cache, pos, mask)
@@ -205,8 +214,9 @@ class GPT(nn.Module):
 
     def new_cache(self, slots, size=None, dtype=None):
         """A KVCache for `slots` sequences of up to `size` tokens (the block size by default) on the model's device."""
-        w = self.lm_head.weight
-        return KVCache(self.config, slots, size or self.config.block_size, w.device, dtype or w.dtype)
+        c, w = self.config, self.lm_head.weight
+        shape = (c.n_layer, slots, c.n_head, size or c.block_size, c.n_embd // c.n_head)
+        return KVCache(*(torch.zeros(shape, device=w.device, dtype=dtype or w.dtype) for _ in range(2)))
 
     def flops_per_token(self):
         """Training FLOPs a token, forward and backward: 6N + 12 n_layer n_embd T (PaLM, arXiv:2204.02311, appendix B)."""
@@ -248,36 +258,44 @@ class GPT(nn.Module):
         hf.save_pretrained(directory)
 
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, noise=None):
     """One token id a row, (B, 1), drawn from logits (B, V) after temperature, top-k and nucleus (arXiv:1904.09751) cuts.
 
     temperature 0 is greedy; top_k keeps the k likeliest; top_p the smallest set of likeliest tokens whose mass reaches it.
+    A row's draw is made with one number from [0, 1): that in noise (B, 1), or of the generator where there is none.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    probs, ids = F.softmax(logits.float() / temperature, dim=-1).topk(min(top_k or logits.size(-1), logits.size(-1)))
+    ids = None
+    if top_k is not None and top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)  # likeliest first
+    elif top_p is not None and top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    probs = F.softmax(logits.float() / temperature, dim=-1)
     if top_p is not None and top_p < 1:
-        probs = probs / probs.sum(dim=-1, keepdim=True)
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)  # mass before it has reached top_p
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+    if noise is None:
+        noise = torch.rand(probs.size(0), 1, device=probs.device, generator=generator)
+    mass = probs.cumsum(dim=-1)
+    drawn = (mass < noise * mass[:, -1:]).sum(dim=-1, keepdim=True)  # the first whose mass reaches the share: never one of 0
+    return drawn if ids is None else ids.gather(-1, drawn)
 
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=None, generator=None, dtype=None):
     """Continue each row of idx (B, T) by up to max_new_tokens, as far as the block size goes; returns (B, T + new).
 
-    Ids from n_vocab on are padding of the vocabulary and are never drawn.
+    Ids from n_vocab on are padding of the vocabulary and are never drawn. inference.py does more, for more than samples.
     """
     B, T = idx.size()
     end = min(T + max_new_tokens, model.config.block_size)
     cache = model.new_cache(B, end, dtype)
-    pos = torch.arange(T, device=idx.device).expand(B, T)
-    new = idx
+    new, pos = idx, None  # prefill at first, then a token a time
     while idx.size(1) < end:
-        logits, _ = model(new, cache=cache, pos=pos)  # prefill at first, then a token a time
-        new = sample_next(logits[:, -1, :n_vocab], temperature, top_k, top_p, generator)
+        logits = model.lm_head(model.hidden(new, cache.narrow(0, B, idx.size(1)), pos)[:, -1])  # (B, vocab_size)
+        new = sample_next(logits[:, :n_vocab], temperature, top_k, top_p, generator)
         idx = torch.cat((idx, new), dim=1)
-        pos = pos[:, -1:] + 1
+        pos = torch.full((B, 1), idx.size(1) - 1, device=idx.device)
     return idx
 
 
@@ -483,14 +501,14 @@ def resolve_dtype(name, device):
     return torch.float32
 
 
-def compile_model(model, device, say):
-    """torch.compile(model), or the model itself with a warning where a trial shows that there is no working compiler."""
+def compile_model(model, device, say, **how):
+    """torch.compile(model, **how), or the model itself with a warning where a trial shows that no compiler works."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # a missing gcc, Triton or OpenMP, each with an exception of its own
         say(f"warning: torch.compile does not work here, going on without ({first_line(e)})")
         return model
-    return torch.compile(model)
+    return torch.compile(model, **how)
 
 
 # -----------------------------------------------------------------------------
@@ -724,8 +742,10 @@ def list_checkpoints(log_dir):
     return sorted(found, key=lambda p: int(p.stem[6:]), reverse=True)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=False):
     """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer; nothing in it is run.
+
+    With mmap a tensor is read from disk when it is used: who needs the weights alone never reads the optimizer's state.
 
     Reads this repository's, build-nanogpt's (whose config is a pickled GPTConfig) and nanoGPT's (model_args). Raises
     UserError for anything else, with what is missing.
@@ -736,7 +756,8 @@ def load_checkpoint(path):
         raise UserError(f"no checkpoint {str(path)!r}; checkpoints beside it: {there}")
     try:
         with torch.serialization.safe_globals([(GPTConfig, "__main__.GPTConfig"), (GPTConfig, "train_gpt2.GPTConfig")]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True,
+                                    mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
         raise UserError(f"{str(path)!r} is no checkpoint that can be read: {first_line(e)}") from e
     if isinstance(checkpoint, dict) and "model_args" in checkpoint:  # nanoGPT
