@@ -18,6 +18,7 @@ From Python:
 import argparse
 import codecs
 import copy
+import importlib
 import math
 import os
 import queue
@@ -159,7 +160,10 @@ class Engine:
         self.lag = 1 if self.device.type == "cuda" else 0
         self.compiled = None
         if compile:
-            options = dict(freezing=True, max_autotune_gemm=True, max_autotune_gemm_backends="CPP,ATEN") if on_cpu else {}
+            if on_cpu:  # weights become constants in the layout that suits the kernels, which are tried out
+                inductor = importlib.import_module("torch._inductor.config")
+                inductor.freezing, inductor.cpp.min_chunk_size = True, 8192  # the rows of a token are not worth two threads
+            options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
             forward = compile_model(self._forward, self.device, say, options=options)
             self.compiled = None if forward == self._forward else forward
         self.graphs = {}  # (rows, size): (graph, its input, its output)
@@ -250,8 +254,8 @@ class Engine:
             return self._replay(rows, size, pos)[:B]
         cache = self.cache.narrow(0, rows, size)
         if self.compiled:
-            torch._dynamo.mark_dynamic(cache.keys, 3)
-            torch._dynamo.mark_dynamic(cache.values, 3)
+            for tensor in cache.keys + cache.values:
+                torch._dynamo.mark_dynamic(tensor, 2)
         return (self.compiled or self._forward)(self.new[:rows], pos, cache)[:B]
 
     def _forward(self, idx, pos, cache):
@@ -331,8 +335,8 @@ class Engine:
 
     def _copy(self, a, b, length):
         if a != b:
-            self.cache.keys[:, b, :, :length] = self.cache.keys[:, a, :, :length]
-            self.cache.values[:, b, :, :length] = self.cache.values[:, a, :, :length]
+            for tensor in self.cache.keys + self.cache.values:
+                tensor[b, :, :length] = tensor[a, :, :length]
 
     def _end(self, request):
         if not request.ended:

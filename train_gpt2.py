@@ -75,22 +75,23 @@ class GPTConfig:
 class KVCache:
     """The keys and values of a number of sequences (slots), each kept at the position of its token.
 
-    keys, values: (n_layer, slots, n_head, size, head_size); `size` is the longest sequence there is room for.
+    keys, values: a tensor (slots, n_head, size, head_size) a layer; `size` is the longest sequence there is room for.
     """
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: list
+    values: list
 
     def narrow(self, first, slots, size):
         """The cache of `slots` slots from `first` on, up to position `size`: a view of this one."""
-        return KVCache(self.keys[:, first:first + slots, :, :size], self.values[:, first:first + slots, :, :size])
+        part = (slice(first, first + slots), slice(None), slice(size))
+        return KVCache([k[part] for k in self.keys], [v[part] for v in self.values])
 
     def append(self, layer, pos, k, v):
-        """Store k, v (B, nh, T, hs) in the first B slots, at pos (B, T) or, where that is None, from position 0 on.
+        """Store k, v (B, nh, T, hs) in the B slots, at pos (B, T) or, where that is None, from position 0 on.
 
         Returns the keys and values to attend to: all there is room for, (B, nh, size, hs), or those given.
         """
         B, _, T, _ = k.size()
-        keys, values = self.keys[layer, :B], self.values[layer, :B]
+        keys, values = self.keys[layer], self.values[layer]
         if pos is None:
             keys[:, :, :T], values[:, :, :T] = k, v
             return k, v
@@ -183,7 +184,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, pos=None):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
-        With a KVCache, idx holds the new tokens of the first B slots alone and pos (B, T) their positions; each
+        With a KVCache of B slots, idx holds their new tokens alone and pos (B, T) the positions of these; each
         attends to whatever its slot holds at positions up to its own. Without pos the slots are filled afresh.
         """
         B, T = idx.size()
@@ -191,7 +192,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than the model's block size {self.config.block_size}")
         mask = None  # causal
         if pos is not None:
-            size = cache.keys.size(3)
+            size = cache.keys[0].size(2)
             mask = (torch.arange(size, device=idx.device) <= pos[:, :, None])[:, None]  # (B, 1, T, size)
         where = torch.arange(T, device=idx.device) if pos is None else pos
         x = self.transformer.wte(idx) + self.transformer.wpe(where)  # (B, T, n_embd)
@@ -214,8 +215,9 @@ class GPT(nn.Module):
     def new_cache(self, slots, size=None, dtype=None):
         """A KVCache for `slots` sequences of up to `size` tokens (the block size by default) on the model's device."""
         c, w = self.config, self.lm_head.weight
-        shape = (c.n_layer, slots, c.n_head, size or c.block_size, c.n_embd // c.n_head)
-        return KVCache(*(torch.zeros(shape, device=w.device, dtype=dtype or w.dtype) for _ in range(2)))
+        shape = (slots, c.n_head, size or c.block_size, c.n_embd // c.n_head)
+        return KVCache(*([torch.zeros(shape, device=w.device, dtype=dtype or w.dtype) for _ in range(c.n_layer)]
+                         for _ in range(2)))
 
     def flops_per_token(self):
         """Training FLOPs a token, forward and backward: 6N + 12 n_layer n_embd T (PaLM, arXiv:2204.02311, appendix B)."""
