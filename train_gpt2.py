@@ -43,6 +43,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import hellaswag
@@ -816,6 +817,13 @@ def find_start(flags, world):
     return start
 
 
+class SkipInit(TorchFunctionMode):
+    """Leaves out the random initial weights of modules made in its context: drawing GPT-2 XL's takes longer than loading."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
 def restore_model(checkpoint, block_size=None, dropout=None):
     """The GPT of a checkpoint dict, its context cut to block_size and its dropout set where they are given."""
     config = GPTConfig(**checkpoint["config"])
@@ -825,7 +833,8 @@ def restore_model(checkpoint, block_size=None, dropout=None):
         config.block_size = block_size
     if dropout is not None:
         config.dropout = dropout
-    model = GPT(config)
+    with SkipInit():
+        model = GPT(config)
     try:
         model.load_state_dict({k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))})
     except RuntimeError as e:
