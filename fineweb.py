@@ -8,7 +8,7 @@ Any other text on the Hugging Face Hub, or in a local directory of the same layo
 $ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe --vocab_size 32768 --data_root ja
 Your own files (.txt and .md: a document a file; .jsonl, .json.gz and .parquet: a document a row):
 $ python fineweb.py --files "books/**/*.txt" --data_root books
-The sources of the Python standard library, about 10 MB that every installation carries:
+The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 
 Every document begins with <|endoftext|>; an empty one is nothing but that. Shard 0 is the val split. A corpus smaller
@@ -18,6 +18,7 @@ half-way? Run the same command again: it continues after the last whole shard, a
 
 import argparse
 import base64
+import difflib
 import glob
 import gzip
 import hashlib
@@ -54,6 +55,19 @@ def run_main(main):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, whose help begins with the script's docstring and whose errors are one line: a UserError."""
+
+    def __init__(self, description, **how):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **how)
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
 
 
 def atomic_write(path, write):
@@ -232,9 +246,9 @@ def open_source(source, files, dataset, name, column):
 
 
 def stdlib_files():
-    """The .py files of the standard library that are on every installation, without its tests, sorted."""
-    skip = {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "idlelib", "tkinter",
-            "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
+    """The .py files of the standard library that are on every installation, sorted: no tests, no tables of code pages."""
+    skip = {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings", "idlelib",
+            "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
@@ -533,7 +547,7 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data_root", default="edu_fineweb10B", help="dataset directory to write")
     add("--source", choices=["fineweb", "files", "stdlib"], help="default: fineweb, or files where --files is given")

@@ -24,7 +24,6 @@ endings side by side, where each ending sees the context and itself. Rows of sim
 with its 50k columns is applied only where a loss is read.
 """
 
-import argparse
 import http.client
 import json
 import random
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, atomic_write, load_tokenizer, run_main
+from fineweb import ArgumentParser, UserError, atomic_write, load_tokenizer, run_main
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -236,7 +235,7 @@ def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_t
 def main():
     from train_gpt2 import GPT, distributed, load_checkpoint, resolve_device, resolve_dtype, restore_model
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint_path", help="a checkpoint file")
     source.add_argument("-m", "--model_type", default="gpt2", help="GPT-2 name (default: gpt2) or HF directory")

@@ -21,7 +21,6 @@ Every flag, with its default: python train_gpt2.py --help
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -45,8 +44,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import hellaswag
-from fineweb import (UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta, run_main,
-                     tokenizer_to_dict)
+from fineweb import (ArgumentParser, UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta,
+                     run_main, tokenizer_to_dict)
 
 
 def first_line(error):
@@ -404,15 +403,7 @@ def parse_flags(argv=None):
             raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
         return text.lower() in ("true", "1", "yes")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def fail(message):  # argparse would print the whole usage first
-        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1)
-        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
-
-    parser.error = fail
+    parser = ArgumentParser(__doc__, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(TrainConfig):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", nargs="?", const=True, type=boolean, metavar="BOOL",
