@@ -375,8 +375,8 @@ PRESETS = {
     # two to three minutes on two CPU cores; chosen by experiment, see README. Not compiled: that takes longer than it saves
     "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data", shuffle=True,
                  total_batch_size=2048, batch_size=16, max_steps=1000, warmup_steps=50, max_lr=8e-3, min_lr=0.0,
-                 optimizer="muon", compile=False, eval_interval=500, val_tokens=131072, hellaswag_examples=0,
-                 sample_prompt="def", sample_length=128, sample_temperature=0.8, log_interval=50,
+                 optimizer="muon", compile=False, eval_interval=250, val_tokens=131072, hellaswag_examples=0,
+                 num_samples=2, sample_prompt="def", sample_length=128, sample_temperature=0.8, log_interval=50,
                  checkpoint_interval=250, keep_checkpoints=2),
     # the four sizes of GPT-2; the paper tells no rates, so GPT-3's of the nearest size
     "gpt2": _size(12, 12, 768, 6e-4, 2**19, 64),
