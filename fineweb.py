@@ -8,7 +8,7 @@ Any other text on the Hugging Face Hub, or in a local directory of the same layo
 $ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe --vocab_size 32768 --data_root ja
 Your own files (.txt and .md: a document a file; .jsonl, .json.gz and .parquet: a document a row):
 $ python fineweb.py --files "books/**/*.txt" --data_root books
-The sources of the Python standard library, about 10 MB that every installation carries:
+The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 
 Every document begins with <|endoftext|>; an empty one is nothing but that. Shard 0 is the val split. A corpus smaller
@@ -18,6 +18,7 @@ half-way? Run the same command again: it continues after the last whole shard, a
 
 import argparse
 import base64
+import difflib
 import glob
 import gzip
 import hashlib
@@ -56,6 +57,19 @@ def run_main(main):
         sys.exit(130)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, whose help begins with the script's docstring and whose errors are one line: a UserError."""
+
+    def __init__(self, description, **how):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **how)
+
+    def error(self, message):
+        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
+
+
 def atomic_write(path, write):
     """Write a file through write(f), f a binary file, so that it is whole or not there.
 
@@ -73,8 +87,11 @@ def atomic_write(path, write):
             folder = os.open(path.parent, os.O_DIRECTORY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Make room or choose another place; what was "
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the one behind the other
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}. Make room or choose another place; what was "
                         "there before is intact") from error
     finally:
         tmp.unlink(missing_ok=True)
@@ -83,12 +100,12 @@ def atomic_write(path, write):
 # -----------------------------------------------------------------------------
 # the tokenizer: always a tiktoken.Encoding whose last id is <|endoftext|>
 
-# How GPT-2 splits text into pieces: OpenAI's pattern without its possessive quantifiers, which the regex engine takes step
-# by step. The same pieces, spelled as one plain group and the whitespace, run on an automaton, nearly twice as fast.
+# How GPT-2 splits text into pieces: OpenAI's pattern without its possessive quantifiers, which the regex engine takes
+# step by step. The same pieces, spelled as one plain group and the whitespace, run on an automaton: much faster.
 SPACES = r"|\s+(?!\S)|\s+"  # a run of whitespace leaves its last character to the word that follows
 GPT2_SPLIT = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)" + SPACES
-# For tokenizers trained here. Chinese and Japanese write no spaces, so a piece also ends where the script changes (kanji
-# stem, hiragana ending). Accents and vowel signs stay with their letters, 's with its word (and 'self' keeps its s).
+# For tokenizers trained here. Chinese and Japanese write no spaces, so a piece also ends where the script changes (a
+# kanji stem, its hiragana ending). Accents and vowel signs stay with their letters, 's with its word, not with 'self'.
 BPE_SPLIT = (r"(?: ?\p{Han}+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+"
              r"| ?[\p{L}\p{M}&&[^\p{Han}\p{Hiragana}\p{Katakana}]]+(?:'(?:[sdmt]|ll|ve|re))?"
              r"| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+)") + SPACES
@@ -116,7 +133,7 @@ def load_tokenizer(spec):
         try:
             lines = map(bytes.split, spec["ranks"].splitlines())
             return make_encoding("bpe", {base64.b64decode(token): int(rank) for token, rank in lines})
-        except (ValueError, AssertionError) as error:
+        except (KeyError, ValueError, AssertionError) as error:
             raise UserError(f"damaged tokenizer ranks ({error}): make the dataset or checkpoint again") from error
     if spec.get("name") != "gpt2":
         raise UserError(f"unknown tokenizer {spec.get('name')!r}, expected gpt2 or bpe: update this program")
@@ -138,7 +155,6 @@ def tokenizer_to_dict(enc):
 
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE on an iterator of str. vocab_size counts the 256 bytes, the merges and EOT."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns whenever this process forks later on
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE())
@@ -146,6 +162,7 @@ def train_bpe(texts, vocab_size):
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet,
                                                        show_progress=False))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork: from now on without
     # it spells a byte as the character of that number where that prints, else as one of those from U+0100 on
     silent = [b for b in range(256) if chr(b) not in alphabet]
     byte = {chr(b): b for b in range(256)} | {chr(256 + i): b for i, b in enumerate(silent)}
@@ -185,6 +202,14 @@ def open_shard(path):
     return tokens
 
 
+def save_shard(path, tokens):
+    """Write uint16 tokens as .npy, whole or not at all."""
+    def write(f):  # np.save would not say why a write fell short
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(tokens))
+        f.write(tokens.data)
+    atomic_write(path, write)
+
+
 def read_meta(data_root):
     """The contents of meta.json as a dict, empty where there is none."""
     path = Path(data_root) / "meta.json"
@@ -221,9 +246,9 @@ def open_source(source, files, dataset, name, column):
 
 
 def stdlib_files():
-    """The .py files of the standard library that are on every installation, without its tests, sorted."""
-    skip = {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "idlelib", "tkinter",
-            "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
+    """The .py files of the standard library that are on every installation, sorted: no tests, no tables of code pages."""
+    skip = {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings", "idlelib",
+            "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
@@ -292,6 +317,7 @@ def read_hub(dataset, name, column, skip):
 # documents -> tokens
 
 EMPTY, REPAIRED = 1, 2  # marks of a document
+CHUNK = 2**20  # characters handed to a thread at a time
 
 
 def clean(text):
@@ -318,28 +344,23 @@ def encode_chunk(enc, texts):
 
 
 def encode_stream(enc, documents, num_proc):
-    """Yield encode_chunk of about a megabyte of documents at a time, in order, from num_proc threads.
+    """Yield encode_chunk of about CHUNK characters of documents at a time, in order, from num_proc threads.
 
     Threads, not processes: tiktoken works outside the interpreter lock, so no text is copied to and fro, the platform's
     way to start processes does not matter, and nothing is left behind when this one dies.
     """
-    def chunks():
-        texts, size = [], 0
+    with ThreadPoolExecutor(num_proc) as pool:
+        queue, texts, size = deque(), [], 0
         for text in documents:
             texts.append(text)
             size += len(text) + 1
-            if size >= 2**20:
-                yield texts
+            if size >= CHUNK:
+                queue.append(pool.submit(encode_chunk, enc, texts))
                 texts, size = [], 0
+                if len(queue) > num_proc + 16:  # enough to bridge the writing of a shard; bounds what is in memory
+                    yield queue.popleft().result()
         if texts:
-            yield texts
-
-    with ThreadPoolExecutor(num_proc) as pool:
-        queue = deque()
-        for texts in chunks():
             queue.append(pool.submit(encode_chunk, enc, texts))
-            if len(queue) > 4 * num_proc:  # bounds what is in memory
-                yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
 
@@ -357,7 +378,7 @@ def measure(token_sizes, tokens, limit=2**63 - 1):
 
 
 def training_text(read, shard_size, val_fraction, seed, most=10**8):
-    """Choose at most `most` bytes to train a tokenizer on, sure to be in the train split. Returns (strings, head, tail).
+    """Choose up to `most` bytes to train a tokenizer on, sure to be in the train split. Returns (strings, head, tail).
 
     Both the split and "smaller than two shards" are counted in tokens, which do not exist yet. Of a corpus that may
     fill two shards, the first half may be val; of one that may not, the tail of the seeded order may be. What is left
@@ -372,7 +393,7 @@ def training_text(read, shard_size, val_fraction, seed, most=10**8):
             break
     sizes = np.array(sizes, dtype=np.int64)
     first, last, head, tail = 0 * sizes, sizes.copy(), None, None
-    if total + len(sizes) >= 2 * shard_size:  # a token has at least a byte, so a smaller corpus cannot fill two shards
+    if total + len(sizes) >= 2 * shard_size:  # no token but EOT is without a byte, so a smaller one cannot fill them
         head = total // 2
         first = np.clip(head - (np.cumsum(sizes) - sizes), 0, sizes)
     if total <= 12 * shard_size:
@@ -402,15 +423,15 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     """
     from tqdm import tqdm
     root, num_proc = Path(data_root), os.cpu_count() if num_proc is None else num_proc
-    if tokenizer not in ("gpt2", "bpe") or (tokenizer == "bpe") != (vocab_size is not None):
-        raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: expected gpt2 without a size, or bpe with one")
-    if tokenizer == "bpe" and not 257 <= vocab_size <= 65536:
+    if tokenizer not in ("gpt2", "bpe") or (vocab_size is not None) != (tokenizer == "bpe"):
+        raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: expected gpt2, or bpe and a size")
+    if vocab_size is not None and not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size {vocab_size}: expected 257 (the bytes and {EOT}) to 65536 (uint16 shards)")
     if shard_size < 1 or num_proc < 1 or not 0 < val_fraction < 1:
         raise UserError(f"--shard_size {shard_size} --num_proc {num_proc} --val_fraction {val_fraction}: expected at "
-                        "least 1, at least 1, between 0 and 1")
+                        "least 1, at least 1, and between 0 and 1")
     if not prefix or re.search(r"_(train|val)_|[/\\]", f"{prefix}_"):
-        raise UserError(f"--prefix {prefix!r}: expected a file name without _train_ or _val_ in it")
+        raise UserError(f"--prefix {prefix!r}: expected part of a file name, without _train_ or _val_")
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     description, read = open_source(source, files, dataset, name, column)
@@ -423,10 +444,9 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
         raise UserError(f"{root} holds shards that this program did not make: choose another --data_root")
     there = list(itertools.takewhile(lambda shard: (root / shard["name"]).exists(), meta.get("shards", [])))
     old = meta.get("settings", {})
-    changed = [f"{key} was {old.get(key)!r}, now {settings[key]!r}" for key in settings if settings[key] != old.get(key)]
+    changed = [f"{key} was {old.get(key)!r}, is {now!r}" for key, now in settings.items() if now != old.get(key)]
     if there and changed:
-        raise UserError(f"{root} was made with other settings ({'; '.join(changed)}): remove it or choose another "
-                        "--data_root")
+        raise UserError(f"{root} was made otherwise ({'; '.join(changed)}): remove it or choose another --data_root")
     if meta.get("complete") and len(there) == len(meta["shards"]):
         print(f"{root} is complete: {sum(meta['tokens'].values()):,} tokens in {len(there)} shards. Nothing to do")
         return meta
@@ -435,102 +455,99 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     except OSError as error:
         raise UserError(f"cannot make {root} ({error.strerror}): choose another --data_root") from error
 
-    # the tokenizer; meta.json is written after it, so where that is, the tokenizer is
-    if changed:
+    # the tokenizer. meta.json is written after it, so where there is one and nothing changed, the tokenizer is there
+    if not old or changed:
         head = tail = None
         if tokenizer == "bpe":
-            print(f"training a tokenizer of {vocab_size} tokens")
+            print(f"training a tokenizer of {vocab_size} tokens on the text")
             strings, head, tail = training_text(read, shard_size, val_fraction, seed)
             enc = train_bpe(strings, vocab_size)
+            if enc.n_vocab < vocab_size:
+                print(f"the text is too short for that many: {enc.n_vocab}")
             atomic_write(root / "tokenizer.tiktoken", lambda f: f.write(tokenizer_to_dict(enc)["ranks"]))
         else:
             enc = load_tokenizer("gpt2")
         meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "source": description,
-                "settings": settings, "trained_within": {"head": head, "tail": tail}, "order": None, "shards": []}
+                "settings": settings, "trained_within": {"head": head, "tail": tail}, "order": None}
     else:
-        enc = load_tokenizer(root)
-    head, tail = meta["trained_within"].values()
+        enc, (head, tail) = load_tokenizer(root), meta["trained_within"].values()
     token_sizes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)], dtype=np.uint16)
     token_sizes[enc.eot_token] = 0
 
     # a large corpus continues after its last whole shard; a small one, at most two shards, is tokenized again
-    large = meta["order"] == "as read" and len(there) > 0
-    shards = there if large else []
-    skip, begun = (sum(shard["documents"] for shard in shards) - 1, shards[-1]["begun"]) if large else (0, 0)
+    shards = there if meta["order"] == "as read" else []
+    large = bool(shards) or (head is not None and tail is None)
+    skip, begun = (sum(shard["documents"] for shard in shards) - 1, shards[-1]["begun"]) if shards else (0, 0)
     held, count, marks = [], 0, bytearray()
 
-    def save_meta(**more):
+    def save_meta(complete=False):
         for unit in ("tokens", "bytes"):
             meta[unit] = {split: sum(shard[unit] for shard in shards if f"_{split}_" in shard["name"])
                           for split in ("train", "val")}
-        meta.update(more, shards=shards)
-        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(meta | {"shards": shards, "complete": complete}, indent=2, ensure_ascii=False) + "\n"
         atomic_write(root / "meta.json", lambda f: f.write(text.encode()))
 
-    def write_shards(tokens, val_size, least):
-        """Write shards while there are `least` tokens; returns the rest."""
+    def write_shards(tokens, least, val_size=shard_size):
+        """Write shards while there are `least` tokens; returns the others."""
         while len(tokens) >= least:
             size = shard_size if shards else val_size
+            if not shards and large and head is not None:  # the tokenizer may have seen what follows
+                size = max(1, min(size, measure(token_sizes, tokens, head)[0]))
             shard, tokens = tokens[:size], tokens[size:]
             starts = np.flatnonzero(shard == enc.eot_token)
-            n = len(starts)
-            shards.append({
-                "name": f"{prefix}_{'train' if shards else 'val'}_{len(shards):06d}.npy", "tokens": len(shard),
-                "documents": n, "empty": marks.count(EMPTY, 0, n), "repaired": marks.count(REPAIRED, 0, n),
-                "bytes": measure(token_sizes, shard)[1],
-                "begun": len(shard) - int(starts[-1]) if n else shards[-1]["begun"] + len(shard)})
+            n, before = len(starts), shards[-1]["begun"] if shards else 0
+            shards.append({"name": f"{prefix}_{'train' if shards else 'val'}_{len(shards):06d}.npy",
+                           "tokens": len(shard), "bytes": measure(token_sizes, shard)[1],
+                           "documents": n, "empty": marks.count(EMPTY, 0, n), "repaired": marks.count(REPAIRED, 0, n),
+                           # tokens so far of the last document: where a run that continues takes it up
+                           "begun": len(shard) - int(starts[-1]) if n else before + len(shard)})
             del marks[:n]
-            save_meta()  # before the shard, so that one that is there is accounted for
+            save_meta()  # before the shard: one that is there is always accounted for
             path = root / shards[-1]["name"]
             if not path.exists():
-                atomic_write(path, lambda f, shard=shard: np.save(f, shard))
+                save_shard(path, shard)
         return tokens
 
-    def val_of_large(tokens):  # shard 0, or less of it where the tokenizer has seen what follows
-        return shard_size if head is None else max(1, min(shard_size, measure(token_sizes, tokens, head)[0]))
-
-    save_meta(complete=False)
+    save_meta()
     with tqdm(desc="tokenizing", unit="tok", unit_scale=True, initial=sum(meta["tokens"].values())) as bar:
         for tokens, chunk_marks in encode_stream(enc, read(skip), num_proc):
-            if begun:  # of this document, that many tokens are in the shards
+            if begun:  # the last document of the last shard, of which that much is there
                 tokens, chunk_marks, begun = tokens[begun:], chunk_marks[1:], 0
             held.append(tokens)
             marks += chunk_marks
             count += len(tokens)
             bar.update(len(tokens))
-            if count >= shard_size * (1 if large else 2):
+            if count >= shard_size * (1 if large and shards else 2):
                 large, meta["order"] = True, "as read"
-                rest = write_shards(np.concatenate(held), val_of_large(held[0]), shard_size)
-                held, count = [rest.copy()], len(rest)
+                tokens = write_shards(np.concatenate(held), shard_size)
+                held, count = [tokens.copy()], len(tokens)  # a copy: the slice would keep the shards in memory
     tokens = np.concatenate([np.empty(0, np.uint16), *held])
-    if large or (head is not None and tail is None):
+    if large:
         meta["order"] = "as read"
-        write_shards(tokens, val_of_large(tokens), 1)
+        write_shards(tokens, 1)
     else:
-        if len(tokens) < 2:
-            raise UserError(f"{description}: {len(tokens)} tokens in all, expected some for either split")
         meta["order"] = "seeded"
+        if len(tokens) < 2:
+            raise UserError(f"{description}: {len(tokens)} tokens in all, too few for two splits")
         documents = np.split(tokens, np.flatnonzero(tokens == enc.eot_token)[1:])
         order = np.random.default_rng(seed).permutation(len(documents))
         tokens = np.concatenate([documents[i] for i in order])
-        cut = len(tokens) - max(1, round(val_fraction * len(tokens)))
-        if tail is not None:
-            cut = max(cut, measure(token_sizes, tokens, tail)[0])
-        cut = min(max(cut, 1), len(tokens) - 1)
+        cut = len(tokens) - round(val_fraction * len(tokens))
+        if tail is not None:  # forward to the end of the token that ends what the tokenizer has seen
+            cut = max(cut, measure(token_sizes, tokens, tail - 1)[0] + 1)
+        cut = min(max(cut, 1), len(tokens) - 1)  # something for either split
         n = np.count_nonzero(tokens[:cut] == enc.eot_token)
-        marks = bytearray(marks[i] for i in order)
-        marks = marks[n:] + marks[:n]
-        write_shards(np.concatenate([tokens[cut:], tokens[:cut]]), len(tokens) - cut, 1)
+        marks = bytearray(marks[i] for i in [*order[n:], *order[:n]])
+        write_shards(np.concatenate([tokens[cut:], tokens[:cut]]), 1, val_size=len(tokens) - cut)
     save_meta(complete=True)
-    documents, empty, repaired = (sum(shard[key] for shard in shards) for key in ("documents", "empty", "repaired"))
-    print(f"{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced), "
-          f"{sum(meta['tokens'].values()):,} tokens, {sum(meta['bytes'].values()):,} bytes of text in {len(shards)} shards "
-          f"(1 val, {len(shards) - 1} train) in {root}")
-    return meta
+    total = {key: sum(shard[key] for shard in shards) for key in ("documents", "empty", "repaired", "tokens", "bytes")}
+    print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): {tokens:,} tokens, "
+          "{bytes:,} bytes of text".format(**total), f"in {len(shards)} shards, the first is val, in {root}")
+    return read_meta(root)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data_root", default="edu_fineweb10B", help="dataset directory to write")
     add("--source", choices=["fineweb", "files", "stdlib"], help="default: fineweb, or files where --files is given")
@@ -546,7 +563,7 @@ def main():
     add("--seed", type=int, default=1337, help="of the order of documents of a corpus smaller than two shards")
     add("--prefix", default="edufineweb", help="begins the names of the shards")
     args = vars(parser.parse_args())
-    args["source"] = args["source"] or ("files" if args["files"] else "fineweb")
+    args["source"] = args["source"] or ("fineweb" if args["files"] is None else "files")
     prepare(**args)
 
 

@@ -12,7 +12,8 @@ The data, 10,042 examples of https://github.com/rowanz/hellaswag (arXiv:1905.078
 {"ctx": "A man is sitting on a roof. he", "label": 3, "endings": ["is using wrap to wrap a pair of skis.", "is ripping
 level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
 
-The ending whose tokens cost the fewest nats in all (acc) or on average (acc_norm) is the model's choice:
+The ending whose tokens cost the fewest nats in all (acc) or on average (acc_norm) is the model's choice. The choices
+are those of build-nanogpt's hellaswag.py, which published for all 10,042:
 
                 acc     acc_norm
 gpt2 (124M)     0.2859  0.2955
@@ -23,7 +24,6 @@ endings side by side, where each ending sees the context and itself. Rows of sim
 with its 50k columns is applied only where a loss is read.
 """
 
-import argparse
 import http.client
 import json
 import random
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import UserError, atomic_write, load_tokenizer, run_main
+from fineweb import ArgumentParser, UserError, atomic_write, load_tokenizer, run_main
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -235,7 +235,7 @@ def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_t
 def main():
     from train_gpt2 import GPT, distributed, load_checkpoint, resolve_device, resolve_dtype, restore_model
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint_path", help="a checkpoint file")
     source.add_argument("-m", "--model_type", default="gpt2", help="GPT-2 name (default: gpt2) or HF directory")
@@ -252,9 +252,6 @@ def main():
     with distributed() as world:
         device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
         dtype = resolve_dtype(args.dtype, device)
-        examples = [load_examples(args.data)[:args.limit] if world.rank == 0 else None]
-        if world.size > 1:
-            dist.broadcast_object_list(examples, src=0)
         if args.checkpoint_path:
             checkpoint = load_checkpoint(args.checkpoint_path)
             model, tokenizer = restore_model(checkpoint), load_tokenizer(checkpoint["tokenizer"])
@@ -263,6 +260,9 @@ def main():
         if tokenizer.n_vocab > model.config.vocab_size:
             raise UserError(f"the model knows {model.config.vocab_size} tokens, its tokenizer {tokenizer.name} has "
                             f"{tokenizer.n_vocab}: they don't belong together")
+        examples = [load_examples(args.data)[:args.limit] if world.rank == 0 else None]
+        if world.size > 1:
+            dist.broadcast_object_list(examples, src=0)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scores = evaluate(model.to(device), examples[0], tokenizer, autocast, world.rank, world.size, args.batch_tokens)
         if world.rank == 0:

@@ -21,7 +21,6 @@ Every flag, with its default: python train_gpt2.py --help
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import itertools
 import json
@@ -47,8 +46,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import hellaswag
-from fineweb import (UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta, run_main,
-                     tokenizer_to_dict)
+from fineweb import (ArgumentParser, UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta,
+                     run_main, tokenizer_to_dict)
 
 
 def first_line(error):
@@ -396,8 +395,8 @@ PRESETS = {
     # two to three minutes on two CPU cores; chosen by experiment, see README. Not compiled: that takes longer than it saves
     "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data", shuffle=True,
                  total_batch_size=2048, batch_size=16, max_steps=1000, warmup_steps=50, max_lr=8e-3, min_lr=0.0,
-                 optimizer="muon", compile=False, eval_interval=500, val_tokens=131072, hellaswag_examples=0,
-                 sample_prompt="def ", sample_length=128, sample_temperature=0.8, log_interval=50,
+                 optimizer="muon", compile=False, eval_interval=250, val_tokens=131072, hellaswag_examples=0,
+                 num_samples=2, sample_prompt="def", sample_length=128, sample_temperature=0.8, log_interval=50,
                  checkpoint_interval=250, keep_checkpoints=2),
     # the four sizes of GPT-2; the paper tells no rates, so GPT-3's of the nearest size
     "gpt2": _size(12, 12, 768, 6e-4, 2**19, 64),
@@ -424,15 +423,7 @@ def parse_flags(argv=None):
             raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
         return text.lower() in ("true", "1", "yes")
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-
-    def fail(message):  # argparse would print the whole usage first
-        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        near = difflib.get_close_matches(unknown, parser._option_string_actions, 1)
-        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
-
-    parser.error = fail
+    parser = ArgumentParser(__doc__, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(TrainConfig):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", nargs="?", const=True, type=boolean, metavar="BOOL",
@@ -520,11 +511,11 @@ def compile_model(model, device, say, **how):
 class TokenLoader:
     """One split of a dataset as an endless stream of tokens, a pure function of (seed, position).
 
-    The shards joined are a ring of N tokens. The stream runs round it lap after lap (an epoch is a lap), cut into windows
-    of T = block_size tokens, each predicting the token after it; that of the last token is the first, an <|endoftext|>.
-    The first lap is in file order unless `shuffle`; in the later ones the windows that lie whole inside the lap are
-    visited in a seeded permutation, shard by shard, so that one shard at a time is read. A window across two laps stays
-    where it is: thus every N tokens from the start of a lap hold each token once, whatever N and T.
+    The shards joined are a ring of N tokens, and an epoch is a lap round it. The stream is cut into windows of
+    T = block_size tokens, each predicting the token after it; that of the ring's last token is its first, <|endoftext|>.
+    The first lap is in file order, unless `shuffle`. The later ones begin at a seeded place, so that windows fall on other
+    tokens each time, and visit the windows that lie whole inside the lap in a seeded permutation, shard by shard, so that
+    one shard at a time is read. A window across two laps stays where it is: a lap reads each token once, whatever N and T.
     """
 
     def __init__(self, data_root, split, block_size, seed=0, shuffle=False):
@@ -542,29 +533,38 @@ class TokenLoader:
         self._lap = functools.lru_cache(2)(self._lap)
 
     def _lap(self, lap):
-        """(order of shards, windows up to the end of each in that order, first window of each shard) in a lap."""
-        N, T = self.n_tokens, self.block_size
-        first, last = -(-lap * N // T), (lap + 1) * N // T  # windows first..last-1 lie whole inside the lap
-        edges = np.clip(-(-(lap * N + self.starts) // T), first, last)  # a window belongs to the shard it starts in
-        order = np.random.default_rng((self.seed, lap)).permutation(len(self.paths))
-        return order, np.cumsum(np.diff(edges)[order]), edges
+        """Where a lap begins in the ring, and how it visits the shards.
 
-    def _window(self, k):
-        """Ring offset of the k-th window of the run."""
+        Returns (ring offset, order of the shards, windows up to the end of each in that order, first window of each); the
+        shard that the lap begins in counts as two.
+        """
         N, T = self.n_tokens, self.block_size
-        lap = k * T // N
-        whole = lap * N <= k * T and (k + 1) * T <= (lap + 1) * N
-        if whole and (lap > 0 or self.shuffle):
-            order, ends, edges = self._lap(lap)
-            i = k - int(edges[0])
-            n = int(np.searchsorted(ends, i, side="right"))
-            shard = order[n]
-            count = edges[shard + 1] - edges[shard]
-            k = int(edges[shard] + self._permutation(count, lap, shard)[i - (ends[n] - count)])
-        return k * T % N
+        rng = np.random.default_rng((self.seed, lap))
+        begin = int(rng.integers(N)) if lap else 0
+        borders = np.unique(np.concatenate(([0], (self.starts[:-1] - begin) % N, [N])))  # of the shards, from `begin` on
+        first, last = -(-lap * N // T), (lap + 1) * N // T  # windows first..last-1 lie whole inside the lap
+        edges = np.clip(-(-(lap * N + borders) // T), first, last)  # a window belongs to the shard it starts in
+        order = rng.permutation(len(edges) - 1)
+        return begin, order, np.cumsum(np.diff(edges)[order]), edges
+
+    def _pieces(self, position, length):
+        """Yield (ring offset, tokens) of what the stream reads from `position` on, cut at windows' and laps' borders."""
+        N, T = self.n_tokens, self.block_size
+        while length > 0:
+            k, lap = position // T, position // N
+            begin, order, ends, edges = self._lap(lap)
+            offset = position - lap * N
+            if (lap or self.shuffle) and lap * N <= k * T and (k + 1) * T <= (lap + 1) * N:
+                i = int(np.searchsorted(ends, k - edges[0], side="right"))
+                count = int(edges[order[i] + 1] - edges[order[i]])
+                inner = self._permutation(count, lap, i)[k - edges[0] - (ends[i] - count)]
+                offset += int(edges[order[i]] + inner - k) * T
+            n = min((k + 1) * T - position, (lap + 1) * N - position, length)
+            yield (begin + offset) % N, n
+            position, length = position + n, length - n
 
     def _read(self, start, n):
-        """n tokens from ring offset `start` on, as int64."""
+        """n tokens from ring offset `start` on, as an int64 tensor."""
         out = np.empty(n, dtype=np.int64)
         done = 0
         while done < n:
@@ -573,7 +573,7 @@ class TokenLoader:
             piece = self._shard(i)[at - self.starts[i]:][:n - done]
             out[done:done + len(piece)] = piece
             done += len(piece)
-        return out
+        return torch.from_numpy(out)
 
     def batches(self, position, n_tokens, batch_size, world=World()):
         """Yield this process's share of the n_tokens from `position` on, in micro-batches (x, y, tokens in it).
@@ -594,8 +594,11 @@ class TokenLoader:
             x = torch.zeros(len(micro), T, dtype=torch.int64)
             y = torch.full((len(micro), T), -1)
             for row, (p, length) in enumerate(micro):
-                tokens = torch.from_numpy(self._read(self._window(p // T) + p % T, length + 1))
-                x[row, :length], y[row, :length] = tokens[:-1], tokens[1:]
+                done = 0
+                for start, n in self._pieces(p, length):
+                    tokens = self._read(start, n + 1)
+                    x[row, done:done + n], y[row, done:done + n] = tokens[:-1], tokens[1:]
+                    done += n
             yield x, y, sum(length for _, length in micro) if mine else 0
 
 
@@ -1031,9 +1034,10 @@ def train(cfg, start, world=World()):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if cfg.deterministic:
+    if cfg.deterministic or device.type == "cpu":  # compiled code would add gradients of the embedding in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
     # the data
     tokenizer = load_tokenizer(cfg.data_root)

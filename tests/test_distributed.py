@@ -3,21 +3,36 @@
     python -m pytest tests/test_distributed.py
 """
 
+import json
+import random
 import signal
 import time
+from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
 from conftest import TINY, command, environment, flags, read_log, run
-from subprocess import PIPE, STDOUT, Popen
 
 # 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
-SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10}
+SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20, "hellaswag_data": "hella.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def hellaswag_data(tmp_path):
+    """Twenty questions in the words of the corpus."""
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
+    with open(tmp_path / "hella.jsonl", "w") as f:
+        for i in range(20):
+            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
+            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
 
 
 def losses(log_dir):
+    """Everything the log tells: train, val and HellaSwag."""
     log = read_log(log_dir)
-    return [float(v) for kind in ("train", "val") for _, v in sorted(log[kind].items())]
+    assert log["hella"].keys() == log["val"].keys()
+    return [float(v) for kind in ("train", "val", "hella") for _, v in sorted(log[kind].items())]
 
 
 @pytest.fixture
