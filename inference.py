@@ -25,6 +25,7 @@ import queue
 import random
 import sys
 import time
+import types
 from collections import deque
 from pathlib import Path
 
@@ -160,12 +161,17 @@ class Engine:
         self.lag = 1 if self.device.type == "cuda" else 0
         self.compiled = None
         if compile:
-            if on_cpu:  # weights become constants in the layout that suits the kernels, which are tried out
+            if on_cpu:
                 inductor = importlib.import_module("torch._inductor.config")
-                inductor.freezing, inductor.cpp.min_chunk_size = True, 8192  # the rows of a token are not worth two threads
-            options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-            forward = compile_model(self._forward, self.device, say, options=options)
-            self.compiled = None if forward == self._forward else forward
+                inductor.freezing = True  # weights become constants, in the layout that suits the kernels
+                inductor.cpp.min_chunk_size = 8192  # the activations of a few tokens are not worth a second thread
+            # What was compiled is found again by code object and guards. Those on modules take longer to check than is won,
+            # and without them the next engine would find the weights of this one: so each gets a code object of its own.
+            code = Engine._forward.__code__.replace(co_name=f"_forward_{id(self)}")
+            forward = types.MethodType(types.FunctionType(code, globals()), self)
+            compiled = compile_model(forward, self.device, say,
+                                     options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
+            self.compiled = None if compiled is forward else compiled
         self.graphs = {}  # (rows, size): (graph, its input, its output)
 
     def submit(self, prompt, **settings):
@@ -374,8 +380,7 @@ class TextStream:
             self.n_tokens += not last
             found = min((i for i in map(held.find, self.stop) if i >= 0), default=None)
             if found is not None:
-                self.request.cancel("stop")
-                self.request.finish_reason = "stop"
+                self.request.finish_reason = "stop"  # the engine drops it, if it has not already come to another end
                 piece, last = held[:found], True
             else:
                 keep = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])),

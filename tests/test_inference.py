@@ -284,16 +284,20 @@ def test_bfloat16_greedy_follows_the_float32_model_where_that_is_sure(model):
             assert logits.max() - logits[tokens[i]] < 0.1 * logits.std()
 
 
-def test_the_compiled_step_gives_the_same_tokens(model):
-    messages = []
-    engine = Engine(model, slots=2, n_vocab=N_VOCAB, compile=True, say=messages.append)
-    if messages:
-        pytest.skip(messages[0])
-    engine.warm_up()
-    requests = [engine.submit(p, max_length=30, temperature=0) for p in prompts(5, 24, 1)]
-    drain(engine)
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 30)
+def test_the_compiled_step_gives_the_same_tokens_and_each_engine_has_its_own_weights(model):
+    other = GPT(CONFIG)
+    other.load_state_dict({k: v.flip(0) for k, v in model.state_dict().items()})
+    other.eval()
+    for m in (model, other):
+        messages = []
+        engine = Engine(m, slots=2, n_vocab=N_VOCAB, compile=True, say=messages.append)
+        if messages:
+            pytest.skip(messages[0])
+        engine.warm_up()
+        requests = [engine.submit(p, max_length=30, temperature=0) for p in prompts(5, 24, 1)]
+        drain(engine)
+        for request in requests:
+            assert request.tokens == uncached(m, request.prompt, 30)
 
 
 @pytest.mark.gpu
