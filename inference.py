@@ -141,14 +141,15 @@ class Engine:
     """Continues up to `slots` sequences of tokens at a time, each by a token in one forward pass; more wait in a queue.
 
     submit() and Request.cancel() may be called from any thread, step() from one. Ids from n_vocab on (padding of the
-    vocabulary) are never drawn; stop_token ends a sequence. The request live[i] has slot i of the KV cache.
+    vocabulary) are never drawn; stop_token ends a sequence. The request live[i] has slot i of the KV cache. The model is
+    left in eval mode.
 
     compile=True fixes the shapes of the decode step, pads its rows to 1 or `slots`, and gives it to torch.compile. On CUDA
     it is recorded as a graph, and the next token is under way before the last is looked at: nothing waits for the host.
     """
 
     def __init__(self, model, slots=1, n_vocab=None, stop_token=None, compile=False, say=print):
-        weight = model.lm_head.weight
+        weight = model.eval().lm_head.weight
         self.device, self.block_size, self.slots = weight.device, model.config.block_size, slots
         self.n_vocab, self.stop_token = n_vocab or model.config.vocab_size, stop_token
         on_cpu = self.device.type == "cpu"
