@@ -391,7 +391,8 @@ def test_a_model_without_a_tokenizer_speaks_gpt2(monkeypatch, model, tokenizer):
 def test_dropout_is_for_training(model, tokenizer):
     twin = GPT(dataclasses.replace(CONFIG, dropout=0.5)).train()
     twin.load_state_dict(model.state_dict())
-    assert generate_text(twin, "abc", 20, temperature=0, tokenizer=tokenizer) == generate_text(model, "abc", 20, temperature=0)
+    twin.tokenizer = tokenizer
+    assert generate_text(twin, "abc", 20, temperature=0) == generate_text(model, "abc", 20, temperature=0)
 
 
 @pytest.mark.parametrize("settings, message", [
