@@ -682,7 +682,8 @@ def find_batch_size(model, cfg, device, autocast, world):
     def fits(B):
         if device.type == "cpu":  # nothing tells in time: count the bytes of the logits and of what the blocks keep
             c = model.config
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())  # on Linux
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 4 << 30
             return B * cfg.block_size * (10 * c.vocab_size + 80 * c.n_layer * c.n_embd) < free / 2
         try:
             state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
@@ -691,7 +692,9 @@ def find_batch_size(model, cfg, device, autocast, world):
                 _, loss = model(idx, idx)
             loss.backward()
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if "out of memory" not in str(e):
+                raise
             return False
         finally:
             model.zero_grad(set_to_none=True)
