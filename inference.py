@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fineweb import UserError, load_tokenizer, run_main
+from fineweb import ArgumentParser, UserError, load_tokenizer, run_main
 from train_gpt2 import GPT, compile_model, load_checkpoint, resolve_device, resolve_dtype, restore_model, sample_next
 
 DEFAULT_CHECKPOINT = "log/latest_checkpoint.pt"
@@ -440,7 +440,7 @@ def read_prompt(prompt):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--checkpoint_path", default=DEFAULT_CHECKPOINT,
         help=f"a file, or a Hugging Face directory (default: {DEFAULT_CHECKPOINT})")
