@@ -10,7 +10,6 @@ $ git clone https://github.com/karpathy/nanoGPT && python bench.py decode --nano
 A table on stderr as it goes, one JSON object on the last line of stdout.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fineweb import UserError, run_main
+from fineweb import ArgumentParser, UserError, run_main
 from inference import Engine
 from train_gpt2 import GPT, GPTConfig, resolve_device, resolve_dtype
 
@@ -127,7 +126,7 @@ def bench_decode(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("what", choices=("decode",))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")

@@ -141,14 +141,6 @@ def make_batches(encoded, batch_tokens):
     return batches
 
 
-class NoCache:
-    """In the place of a model's KV cache: attention is to the keys and values of the row itself, as the mask says."""
-
-    @staticmethod
-    def append(layer, pos, k, v):
-        return k, v
-
-
 @torch.no_grad()
 def ending_losses(model, batch, head_rows=512):
     """The loss in nats of every token of every ending: for each example of the batch a list of lists.
@@ -179,10 +171,7 @@ def ending_losses(model, batch, head_rows=512):
 
     # what a token sees: what stands before it, if it is context or of the same ending
     mask = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()[:, None]  # (B, 1, T, T)
-    x = model.transformer.wte(idx) + model.transformer.wpe(pos)  # (B, T, n_embd)
-    for block in model.transformer.h:
-        x = block(x, NoCache, pos, mask)
-    x = model.transformer.ln_f(x.flatten(0, 1)[reads])  # (targets, n_embd)
+    x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[reads]  # (targets, n_embd)
     losses = torch.cat([F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
                         for h, t in zip(x.split(head_rows), targets.split(head_rows), strict=True)])
     losses = iter(losses.tolist())

@@ -181,17 +181,17 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None, pos=None):
+    def hidden(self, idx, cache=None, pos=None, mask=None):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
         With a KVCache of B slots, idx holds their new tokens alone and pos (B, T) the positions of these; each
-        attends to whatever its slot holds at positions up to its own. Without pos the slots are filled afresh.
+        attends to whatever its slot holds at positions up to its own. Without pos the slots are filled afresh. Without a
+        cache, pos and a boolean mask (B, 1, T, T) of who attends to whom allow rows of several sequences.
         """
         B, T = idx.size()
-        if T > self.config.block_size:
+        if pos is None and T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's block size {self.config.block_size}")
-        mask = None  # causal
-        if pos is not None:
+        if pos is not None and mask is None:  # without either attention is causal
             size = cache.keys[0].size(2)
             mask = (torch.arange(size, device=idx.device) <= pos[:, :, None])[:, None]  # (B, 1, T, size)
         where = torch.arange(T, device=idx.device) if pos is None else pos
