@@ -331,7 +331,7 @@ def encode_chunk(enc, texts):
         if any(EOT in text for text in texts):
             raise ValueError("the separator is in the text")
         # one call for all: no Python object a token, and the interpreter lock is free while it works
-        tokens = enc.encode_to_numpy(EOT + EOT.join(texts), allowed_special={EOT})
+        tokens = enc.encode_to_numpy(EOT.join(["", *texts]), allowed_special={EOT})
         return tokens.astype(np.uint16), bytes(EMPTY * (not text) for text in texts)
     except ValueError:  # that, or lone surrogates, or a million spaces that overflow the stack of the regex
         if len(texts) > 1:

@@ -211,6 +211,9 @@ def test_small_corpus(gpt2, tmp_path):
         pieces = [tokens[a:b] for a, b in zip(starts, starts[1:], strict=False)]
         expected = reference_tokens(gpt2, map(clean, documents))
         assert pieces != expected and sorted(pieces) == sorted(expected)
+        begin_in_val = [piece for at, piece in zip(starts, pieces, strict=False) if at >= meta["tokens"]["train"]]
+        assert meta["shards"][0]["documents"] == len(begin_in_val)
+        assert meta["shards"][0]["empty"] == begin_in_val.count([50256])
     assert all_tokens(tmp_path / "1") != all_tokens(tmp_path / "2")
     prepare(tmp_path / "again", "files", files=source, shard_size=10**5, seed=1, num_proc=1)
     assert contents(tmp_path / "1") == contents(tmp_path / "again")
