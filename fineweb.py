@@ -191,7 +191,7 @@ def open_shard(path):
         else:
             header = np.fromfile(path, dtype="<i4", count=256).tolist()
             found, expected = f"header {header[:2]}, {path.stat().st_size} bytes", "llm.c's header [20240520, 1]"
-            if len(header) == 256 and header[:2] == [20240520, 1]:
+            if len(header) == 256:
                 expected = f"header [20240520, 1], {1024 + 2 * header[2]} bytes"
                 if found == expected:
                     tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(header[2],))
