@@ -721,14 +721,8 @@ def save_checkpoint(log_dir, state, keep):
 
     Raises UserError where that can't be done; the checkpoints that were there are intact then.
     """
-    def write(f):
-        try:
-            torch.save(state, f)
-        except RuntimeError as e:  # torch's zip writer falls over the disk's own error, which tells more
-            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
-
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
-    atomic_write(path, write)
+    atomic_write(path, lambda f: torch.save(state, f))
     latest, link = path.with_name("latest_checkpoint.pt"), path.with_name("latest_checkpoint.tmp")
     try:
         link.unlink(missing_ok=True)
