@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import TINY, flags, read_log, run, start
 
+import train_gpt2
+
 # long enough to be stopped half-way, with dropout's random numbers in every step
 LONG = {**TINY, "max_steps": 60, "checkpoint_interval": 7, "eval_interval": 10, "dropout": 0.2, "total_batch_size": 512,
         "n_layer": 4, "n_embd": 64}
@@ -59,6 +61,33 @@ def references(tmp_path_factory):
 
     reference.data = data
     return reference
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, references, monkeypatch):
+    settings = {**LONG, "max_steps": 20}
+    expected = references(**settings)
+    save, threads = train_gpt2.save_checkpoint, torch.get_num_threads()
+
+    def slow_save(log_dir, state, keep):
+        """The disk takes five steps for the first one."""
+        for _ in range(6000):
+            if state["step"] > 7 or "\n12 train" in (tmp_path / "log" / "log.txt").read_text():
+                return save(log_dir, state, keep)
+            time.sleep(0.01)
+        raise AssertionError("training waits for the checkpoint")
+
+    monkeypatch.setattr(train_gpt2, "save_checkpoint", slow_save)
+    try:
+        torch.set_num_threads(1)  # as in the run to compare with
+        cfg = train_gpt2.TrainConfig(**settings, data_root=str(references.data), log_dir=str(tmp_path / "log"))
+        train_gpt2.train(cfg, None)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    for step in (7, 14, 20):
+        ours, theirs = (torch.load(p / f"model_{step:05d}.pt", weights_only=True) for p in (tmp_path / "log", expected))
+        for part in ("model", "optimizer", "rng", "position"):
+            torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settings", [LONG, {**LONG, "optimizer": "muon", "dtype": "bfloat16"},
