@@ -162,6 +162,8 @@ class Job:
 
     def check(self, request):
         """Raise what an end means that is not one of the text."""
+        if request.finish_reason == "cancelled":
+            raise ApiError(499, "the client has gone")  # for the metrics: nobody reads it
         if request.finish_reason == "timeout":
             raise ApiError(504, f"not done within {self.service.settings.request_timeout:g} seconds (REQUEST_TIMEOUT)")
         if request.finish_reason not in ("stop", "length"):
@@ -175,7 +177,7 @@ class Job:
             self.closed = True
             self.service.jobs.discard(self)
         for request in self.requests:
-            request.cancel("disconnected")
+            request.cancel()
             if request.error:
                 traceback.print_exception(request.error)
             self.service.metrics.sequences.labels(request.finish_reason).inc()
@@ -245,7 +247,8 @@ class Service:
         self.name = settings.model_name or name
         weight = model.lm_head.weight
         self.about = dict(model=self.name, step=model.step, parameters=parameters, context=model.config.block_size,
-                          device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
+                          device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
+                          sample_prompt=model.sample_prompt)
         self.model, self.tokenizer, self.engine = model, tokenizer, engine
 
     def _look_after(self):
@@ -258,7 +261,7 @@ class Service:
             late = now - job.start > self.settings.request_timeout
             if late or job.gone():
                 for request in job.requests:
-                    request.cancel("timeout" if late else "disconnected")
+                    request.cancel("timeout" if late else "cancelled")
 
     def load(self):
         """How many sequences have a slot, and how many wait."""
@@ -483,7 +486,7 @@ def create_app(settings=None):
         if error.code == 413:
             message = f"the body is too large: expected at most {settings.max_body_size} bytes (MAX_BODY_SIZE)"
         elif error.code == 429:
-            wait = max(1, math.ceil(limiter.current_limit.reset_at - time.time()))
+            wait = max(1, int(limiter.current_limit.reset_at - time.time()))
             message = f"more than {error.description}, the rate limit; try again in {wait} seconds"
         response = tell(ApiError(error.code, message, retry_after=wait))
         if error.code == 405:
@@ -496,26 +499,34 @@ def create_app(settings=None):
             raise ApiError(415, f"the content type is {request.mimetype[:50]!r}: expected application/json")
         return parse_body(model, request.get_data(cache=False))
 
-    def event_stream(job, events):
-        """Server-sent events; what fails before the first of them is still an HTTP error."""
+    def submit(body, prompts, field, n, max_length):
+        """Queue n sequences a prompt; the Job."""
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        return service.submit([prompt for prompt in prompts for _ in range(n)], field, stop, client_gone(request.environ),
+                              body.seed, max_length=max_length, top_k=body.top_k, top_p=body.top_p,
+                              temperature=1.0 if body.temperature is None else body.temperature)
+
+    def answer(job, stream, events, whole):
+        """The events as they come; or, where it is not to be a stream, what whole() makes of the job when it is done."""
         def sent():
             try:
-                for event in chain([first], events):
+                for event in chain(first, events):
                     yield f"data: {json.dumps(event)}\n\n"
                 yield "data: [DONE]\n\n"
             except ApiError as error:
                 yield f"data: {json.dumps(error.body())}\n\n"
-            finally:
-                job.close()
 
         try:
-            first = next(events)
+            first = [next(events)] if stream else list(events)  # what fails before the first event is still an HTTP error
         except BaseException:
             job.close()
             raise
+        if not stream:
+            job.close()
+            return jsonify(whole())
         response = Response(sent(), mimetype="text/event-stream",
                             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        response.call_on_close(job.close)  # the generator's own end does not come if it has never begun
+        response.call_on_close(job.close)  # however it ends: at its end, or where the client has gone
         return response
 
     @app.post("/generate")
@@ -523,26 +534,22 @@ def create_app(settings=None):
     def generate():
         body = read(Generate)
         prompt = service.tokenizer.encode_ordinary(body.prompt) or [service.tokenizer.eot_token]
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        job = service.submit([prompt] * body.num_samples, "num_samples", stop, client_gone(request.environ), body.seed,
-                             max_length=body.max_length, temperature=body.temperature, top_k=body.top_k, top_p=body.top_p)
+        job = submit(body, [prompt], "num_samples", body.num_samples, body.max_length)
 
         def sample(i):
-            stream, engine_request = job.streams[i], job.requests[i]
-            return dict(generated_text=body.prompt + stream.text, tokens_generated=stream.n_tokens,
-                        finish_reason=engine_request.finish_reason, seed=engine_request.seed)
+            return dict(generated_text=body.prompt + job.streams[i].text, tokens_generated=job.streams[i].n_tokens,
+                        finish_reason=job.requests[i].finish_reason, seed=job.requests[i].seed)
 
-        if body.stream:
-            return event_stream(job, (dict(index=i, text=piece) if piece is not None else dict(index=i, text="", **sample(i))
-                                      for i, piece in job.pieces()))
-        try:
-            for _ in job.pieces():
-                pass
-        finally:
-            job.close()
-        samples = [sample(i) for i in range(body.num_samples)]
-        more = dict(samples=samples) if body.num_samples > 1 else {}
-        return jsonify(dict(prompt=body.prompt, **samples[0], model=service.name, prompt_tokens=len(prompt), **more))
+        def events():
+            for i, piece in job.pieces():
+                yield dict(index=i, text=piece) if piece is not None else dict(index=i, text="", **sample(i))
+
+        def whole():
+            samples = [sample(i) for i in range(body.num_samples)]
+            more = dict(samples=samples) if body.num_samples > 1 else {}
+            return dict(prompt=body.prompt, **samples[0], model=service.name, prompt_tokens=len(prompt), **more)
+
+        return answer(job, body.stream, events(), whole)
 
     @app.post("/v1/completions")
     @limited
@@ -550,25 +557,18 @@ def create_app(settings=None):
         body = read(Completion)
         if body.model not in (None, service.name):
             raise ApiError(404, f"no model {body.model!r} here: expected {service.name!r}", "model", "model_not_found")
-        tokenizer = service.tokenizer
+        tokenizer, n = service.tokenizer, body.n or 1
         several = isinstance(body.prompt, list) and not (body.prompt and isinstance(body.prompt[0], int))
-        prompts = []
-        for prompt in body.prompt if several else [body.prompt]:
-            if isinstance(prompt, str):
-                prompt = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-            elif not all(0 <= token < tokenizer.n_vocab for token in prompt):
-                raise ApiError(400, f"prompt has a token id out of range: expected 0 to {tokenizer.n_vocab - 1}", "prompt")
-            prompts.append(prompt)
+        prompts = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] if isinstance(prompt, str) else prompt
+                   for prompt in (body.prompt if several else [body.prompt])]
         if not prompts or not all(prompts):
             raise ApiError(400, "prompt is an empty list: expected a text, token ids, or a list of such", "prompt")
-        n = body.n or 1
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        job = service.submit([prompt for prompt in prompts for _ in range(n)], "prompt", stop, client_gone(request.environ),
-                             body.seed, max_length=body.max_tokens or min(16, settings.max_length_limit),
-                             temperature=1.0 if body.temperature is None else body.temperature, top_k=body.top_k,
-                             top_p=body.top_p)
+        if not all(0 <= token < tokenizer.n_vocab for prompt in prompts for token in prompt):
+            raise ApiError(400, f"prompt has a token id out of range: expected 0 to {tokenizer.n_vocab - 1}", "prompt")
+        job = submit(body, prompts, "prompt", n, body.max_tokens or min(16, settings.max_length_limit))
         head = dict(id=f"cmpl-{uuid.uuid4().hex}", object="text_completion", created=int(time.time()), model=service.name)
         echo = [tokenizer.decode(prompt) if body.echo else "" for prompt in prompts for _ in range(n)]
+        more = dict(usage=None) if body.stream_options and body.stream_options.include_usage else {}
 
         def choice(i, text, finish_reason=None):
             return dict(index=i, text=text, logprobs=None, finish_reason=finish_reason)
@@ -577,8 +577,7 @@ def create_app(settings=None):
             read, new = sum(map(len, prompts)), sum(stream.n_tokens for stream in job.streams)
             return dict(prompt_tokens=read, completion_tokens=new, total_tokens=read + new)
 
-        def chunks():
-            more = dict(usage=None) if body.stream_options and body.stream_options.include_usage else {}
+        def events():
             for i, text in enumerate(echo):
                 if text:
                     yield dict(**head, choices=[choice(i, text)], **more)
@@ -588,15 +587,11 @@ def create_app(settings=None):
             if more:
                 yield dict(**head, choices=[], usage=usage())
 
-        if body.stream:
-            return event_stream(job, chunks())
-        try:
-            for _ in job.pieces():
-                pass
-        finally:
-            job.close()
-        return jsonify(dict(**head, usage=usage(), choices=[
-            choice(i, echo[i] + stream.text, stream.request.finish_reason) for i, stream in enumerate(job.streams)]))
+        def whole():
+            return dict(**head, usage=usage(), choices=[choice(i, echo[i] + stream.text, stream.request.finish_reason)
+                                                        for i, stream in enumerate(job.streams)])
+
+        return answer(job, body.stream, events(), whole)
 
     @app.get("/v1/models", defaults={"name": None})
     @app.get("/v1/models/<path:name>")
@@ -707,7 +702,89 @@ def main():
 # the page
 
 PAGE = """<!doctype html>
-<title>GPT-2</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>GPT-2</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --bg: #fbfaf8; --fg: #1d1c1a; --dim: #6d6962; --line: #dcd8d0; --box: #fff; --go: #1f5fbf }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #16171a; --fg: #e9e7e3; --dim: #a09c95; --line: #34363b; --box: #1e2024; --go: #8ab4f8 } }
+* { box-sizing: border-box } body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui }
+main { max-width: 46rem; margin: 0 auto; padding: 1.2rem 1rem 3rem } h1 { font-size: 1.3rem; margin: 0 }
+#about, #status { color: var(--dim); font-size: .85rem; margin: 0 0 1rem; min-height: 1.3em; overflow-wrap: anywhere }
+textarea, input[type=number], input[type=password], #text { width: 100%; padding: .6rem .7rem; font: inherit; color: inherit;
+  background: var(--box); border: 1px solid var(--line); border-radius: 8px } textarea { min-height: 6rem; resize: vertical }
+.knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem 1.2rem; margin: .9rem 0 }
+[hidden] { display: none !important }
+label { font-size: .85rem; color: var(--dim); display: block } output { float: right; color: var(--fg) }
+input[type=range] { width: 100%; accent-color: var(--go) } button { font: inherit; padding: .5rem 1.3rem; border-radius: 8px;
+  border: 1px solid var(--go); background: var(--go); color: var(--bg); cursor: pointer; margin: 0 .5rem .8rem 0 }
+#stop { background: none; color: var(--go) } button:disabled { opacity: .4; cursor: default }
+#text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 9rem }
+#text span { color: var(--dim) } .bad { color: #c62828 !important } :focus-visible { outline: 2px solid var(--go) }
+</style></head><body><main>
+<h1>GPT-2</h1><p id="about">looking for the model ...</p>
+<label for="prompt">Prompt</label><textarea id="prompt"></textarea>
+<div class="knobs">
+<label>New tokens<output></output><input id="max_length" type="range" min="1" max="1024" value="100"></label>
+<label>Temperature<output></output><input id="temperature" type="range" min="0" max="2" step="0.05" value="0.8"></label>
+<label>Top k (0: off)<output></output><input id="top_k" type="range" min="0" max="200" value="50"></label>
+<label>Top p<output></output><input id="top_p" type="range" min="0.05" max="1" step="0.05" value="1"></label>
+<label>Seed<input id="seed" type="number" min="0" placeholder="a new one"></label>
+<label id="keybox" hidden>API key<input id="key" type="password" autocomplete="off"></label></div>
+<button id="go">Generate</button><button id="stop" disabled>Stop</button>
+<p id="status" role="status"></p><div id="text" aria-label="Generated text"></div>
+</main><script>
+"use strict";
+const $ = id => document.getElementById(id), tell = (text, bad) => {
+  $("status").textContent = text; $("status").classList.toggle("bad", !!bad) };
+for (const knob of document.querySelectorAll("input[type=range]"))
+  (knob.oninput = () => knob.previousElementSibling.textContent = knob.value)();
+
+async function look() {  // what is loaded, and what it needs
+  const health = await (await fetch("health")).json().catch(() => ({status: "out of reach"}));
+  $("keybox").hidden = !health.key_required;
+  if (!health.model) { $("about").textContent = "the model is " + health.status; return setTimeout(look, 1000); }
+  if (!$("prompt").value) $("prompt").value = health.sample_prompt;
+  const at = health.step === null ? "" : ` at step ${health.step.toLocaleString("en")}`;
+  $("about").textContent = `${health.model}${at}, ${(health.parameters / 1e6).toPrecision(3)}M parameters, context of `
+    + `${health.context} tokens, on ${health.device} in ${health.dtype}`;
+  $("max_length").max = health.max_length_limit; $("max_length").oninput();
+}
+look().catch(() => { $("about").textContent = "the server is out of reach" });
+
+let running = null;
+async function generate() {
+  running = new AbortController();
+  $("go").disabled = true; $("stop").disabled = false;
+  const body = {prompt: $("prompt").value, max_length: +$("max_length").value, temperature: +$("temperature").value,
+    top_k: +$("top_k").value || null, top_p: +$("top_p").value, stream: true};
+  if ($("seed").value) body.seed = +$("seed").value;
+  const headers = {"Content-Type": "application/json"};
+  if ($("key").value) headers["X-API-Key"] = $("key").value;
+  const said = document.createElement("span"), start = performance.now();
+  said.textContent = body.prompt; $("text").replaceChildren(said, ""); tell("...");
+  try {
+    const response = await fetch("generate", {method: "POST", headers, body: JSON.stringify(body), signal: running.signal});
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let held = "", part; !(part = await reader.read()).done;) {
+      const events = (held + part.value).split("\\n\\n");
+      held = events.pop();
+      for (const event of events.filter(e => e !== "data: [DONE]").map(e => JSON.parse(e.slice(6)))) {
+        if (event.error) throw new Error(event.error.message);
+        $("text").lastChild.data += event.text;
+        const n = event.tokens_generated, seconds = (performance.now() - start) / 1000;
+        if (n !== undefined) tell(`${n} tokens in ${seconds.toFixed(1)} s, ${(n / seconds).toFixed(0)} tokens/s; seed `
+          + `${event.seed}, ${event.finish_reason}`);
+      }
+    }
+  } catch (error) { error.name === "AbortError" ? tell("stopped") : tell(error.message, true); }
+  $("go").disabled = false; $("stop").disabled = true;
+}
+$("go").onclick = generate;
+$("stop").onclick = () => running.abort();
+$("prompt").onkeydown = e => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !$("go").disabled) generate() };
+</script></body></html>
 """
 
 if __name__ == "__main__":
