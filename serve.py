@@ -86,13 +86,14 @@ def read_settings(argv=(), env=None):
             kind = {int: "a whole number", float: "a number", bool: "true or false"}[f.type]
             raise UserError(f"{f.name.upper()} is {text!r}: expected {kind}") from None
 
+    env = os.environ if env is None else env
     parser = ArgumentParser(__doc__)
     for f in dataclasses.fields(Settings):
         default = "" if f.default == "" else f" (default: {f.default})"
-        parser.add_argument(f"--{f.name}", metavar=f.name.upper(), default=(os.environ if env is None else env).get(
-            f.name.upper()), help=(f.metadata["help"] + default).replace("%", "%%"))
+        parser.add_argument(f"--{f.name}", metavar=f.name.upper(), default=env.get(f.name.upper()) or None,
+                            help=(f.metadata["help"] + default).replace("%", "%%"))
     given = vars(parser.parse_args(list(argv)))
-    return Settings(**{f.name: convert(f, given[f.name]) for f in dataclasses.fields(Settings) if given[f.name]})
+    return Settings(**{f.name: convert(f, given[f.name]) for f in dataclasses.fields(Settings) if given[f.name] is not None})
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +148,6 @@ class Job:
         self.service, self.requests, self.gone = service, requests, gone
         self.streams = [TextStream(r, service.tokenizer, stop) for r in requests]
         self.start, self.waits = time.monotonic(), True  # for its first token
-        self.closed = False
 
     def pieces(self):
         """(index, text) of its sequences, a piece of each in turn as they come, and (index, None) where one has ended."""
@@ -169,13 +169,18 @@ class Job:
         if request.finish_reason not in ("stop", "length"):
             raise ApiError(500, "the model failed on this request; the server's log says why")
 
+    def note_first_token(self):
+        if self.waits and any(r.tokens for r in self.requests):
+            self.waits = False
+            self.service.metrics.first_token.observe(time.monotonic() - self.start)
+
     def close(self):
         """Give back what it holds; to be called at its end, whatever that is, and as often as one likes."""
         with self.service.lock:
-            if self.closed:
+            if self not in self.service.jobs:
                 return
-            self.closed = True
-            self.service.jobs.discard(self)
+            self.service.jobs.remove(self)
+        self.note_first_token()  # where it has ended before the engine looked again
         for request in self.requests:
             request.cancel()
             if request.error:
@@ -224,10 +229,11 @@ class Service:
             say("serving {model}: {parameters:,} parameters, {device}, {dtype}".format(**self.about))
         while self.status != "closed":
             self.wake.clear()
-            self._look_after()
             try:
+                self._look_after()
                 busy = self.engine.step()
             except Exception as error:  # nobody's in particular: those in slots are lost, those that wait are not
+                traceback.print_exception(error)
                 self.engine.abort(error)
                 busy = True
             if not busy:
@@ -240,8 +246,7 @@ class Service:
         if parameters < 10**7:
             torch.set_num_threads(1)  # a step of a small model is over before a second thread has woken
         tokenizer = model.tokenizer
-        engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token, settings.compile,
-                        say)
+        engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token, settings.compile, say)
         engine.warm_up()
         name = Path(settings.model_checkpoint).resolve().stem  # latest_checkpoint.pt is a link to the one it is
         self.name = settings.model_name or name
@@ -255,9 +260,7 @@ class Service:
         """Between two tokens: note who has got the first, let go of those that nobody waits for."""
         now = time.monotonic()
         for job in list(self.jobs):
-            if job.waits and any(r.tokens for r in job.requests):
-                job.waits = False
-                self.metrics.first_token.observe(now - job.start)
+            job.note_first_token()
             late = now - job.start > self.settings.request_timeout
             if late or job.gone():
                 for request in job.requests:
@@ -563,6 +566,9 @@ def create_app(settings=None):
                    for prompt in (body.prompt if several else [body.prompt])]
         if not prompts or not all(prompts):
             raise ApiError(400, "prompt is an empty list: expected a text, token ids, or a list of such", "prompt")
+        if several and any(len(prompt) > settings.max_prompt_length for prompt in body.prompt):
+            raise ApiError(400, f"prompt has one that is too long: expected {Completion.model_fields['prompt'].description}",
+                           "prompt")
         if not all(0 <= token < tokenizer.n_vocab for prompt in prompts for token in prompt):
             raise ApiError(400, f"prompt has a token id out of range: expected 0 to {tokenizer.n_vocab - 1}", "prompt")
         job = submit(body, prompts, "prompt", n, body.max_tokens or min(16, settings.max_length_limit))

@@ -324,7 +324,8 @@ def test_the_openai_package_completes_streams_lists_and_raises(server, model):
     for wrong, message in ((dict(temperature=3), "from 0 (greedy) to 2"), (dict(logprobs=2), "not offered here"),
                            (dict(best_of=4), "not offered here"), (dict(max_tokens=0), "from 1 to 50000"),
                            (dict(prompt=[300]), "token id out of range"), (dict(prompt=[]), "prompt is an empty list"),
-                           (dict(prompt=["a"] * 5, n=2), "prompt makes 10 sequences")):
+                           (dict(prompt=["a"] * 5, n=2), "prompt makes 10 sequences"),
+                           (dict(prompt=["a", "a" * 32769]), "at most 32768 characters")):
         with pytest.raises(openai.BadRequestError, match=re.escape(message)) as e:
             client.completions.create(**{**dict(model="model_40000", prompt="abc"), **wrong})
         assert e.value.param in wrong
@@ -610,7 +611,7 @@ def test_gunicorn_serves_drains_and_notices_who_goes_away(home):
 def test_settings_come_from_the_environment_and_flags_override():
     found = read_settings(["--port", "7", "--slots=2"], dict(PORT="8080", HOST="::1", COMPILE="1", REQUEST_TIMEOUT="2.5"))
     assert found == Settings(port=7, slots=2, host="::1", compile=True, request_timeout=2.5)
-    assert read_settings([], {"PORT": ""}) == Settings()
+    assert read_settings([], {"PORT": ""}) == Settings() == read_settings(["--api_key="], {"API_KEY": "x"})
     for env, message in ((dict(PORT="x"), "PORT is 'x': expected a whole number"),
                          (dict(PORT="-1"), "PORT is -1: expected 0 to 65535"), (dict(SLOTS="0"), "SLOTS is 0"),
                          (dict(REQUEST_TIMEOUT="nan"), "REQUEST_TIMEOUT is nan"),
