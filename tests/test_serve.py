@@ -494,8 +494,8 @@ def test_an_engine_that_fails_as_a_whole_loses_those_it_had_and_serves_those_tha
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot_within_a_token(faulty, stream):
     faulty.idle()
-    before, cancelled = faulty.metric("gpt2_generated_tokens_total"), faulty.metric("gpt2_sequences_total",
-                                                                                   finish_reason="cancelled")
+    before = faulty.metric("gpt2_generated_tokens_total")
+    cancelled = faulty.metric("gpt2_sequences_total", finish_reason="cancelled")
     body = json.dumps(dict(prompt="abc", max_length=LONG, stream=stream)).encode()
     with socket.create_connection(("127.0.0.1", faulty.port), WAIT) as s:
         s.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -503,12 +503,11 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_token(faulty, stream):
         received = b""
         while stream and received.count(b"data: ") < 10:
             received += s.recv(10000)
-        faulty.until(lambda: faulty.metric("gpt2_slots_in_use") == 1)
-        seen = time.monotonic()
+        faulty.until(lambda: stream or faulty.metric("gpt2_slots_in_use") == 1)
     faulty.until(lambda: faulty.metric("gpt2_sequences_total", finish_reason="cancelled") == cancelled + 1)
     faulty.idle()
     tokens = faulty.metric("gpt2_generated_tokens_total") - before
-    assert tokens < 10 + 50 + (time.monotonic() - seen) / 0.02 and time.monotonic() - seen < 3  # it asked for 50,000
+    assert tokens <= received.count(b"data: ") + 25  # of 50,000; half a second's worth, for a machine that is busy
 
 
 def test_what_is_not_done_in_time_gets_504(faulty):
