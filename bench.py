@@ -7,18 +7,26 @@ $ python bench.py decode
 $ python bench.py decode --compile --rounds 9
 $ git clone https://github.com/karpathy/nanoGPT && python bench.py decode --nanogpt nanoGPT --streams 1 --length 512
 
+Serving: the same model behind serve.py, one client and eight, beside the same engine without HTTP:
+$ python bench.py serve
+
 A table on stderr as it goes, one JSON object on the last line of stdout.
 """
 
+import concurrent.futures
+import http.client
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fineweb import ArgumentParser, UserError, run_main
+from fineweb import ArgumentParser, UserError, make_encoding, run_main, tokenizer_to_dict
 from inference import Engine
 from train_gpt2 import GPT, GPTConfig, resolve_device, resolve_dtype
 
@@ -125,9 +133,79 @@ def bench_decode(args):
     return results
 
 
+# -----------------------------------------------------------------------------
+# serving
+
+
+def bench_serve(args):
+    """Tokens a second that as many clients as `streams` get together from serve.py, answers whole and streamed."""
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model = GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+    prompts = torch.randint(50257, (max(args.streams), 16)).tolist()  # a different one each: nobody's is read for another
+    pairs = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
+    tokenizer = make_encoding("bpe", {token: i for i, token in enumerate(pairs)})  # as many tokens as GPT-2's, offline
+
+    def engine(streams):
+        engine = Engine(model, streams, n_vocab=50257, stop_token=50256, compile=args.compile)
+
+        def work():
+            requests = [engine.submit(prompts[i], max_length=args.length, top_k=50, seed=i) for i in range(streams)]
+            while engine.step():
+                pass
+            return sum(len(r.tokens) for r in requests)
+        return work
+
+    def ask(port, i, stream):
+        body = dict(prompt=prompts[i], max_tokens=args.length, top_k=50, seed=i, stream=stream,
+                    stream_options=dict(include_usage=True) if stream else None)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        text = connection.getresponse().read().decode()
+        answer = json.loads(text.split("data: ")[-2] if stream else text)
+        return answer["usage"]["completion_tokens"]
+
+    def clients(port, n, stream):
+        def work():
+            with concurrent.futures.ThreadPoolExecutor(n) as pool:
+                return sum(pool.map(lambda i: ask(port, i, stream), range(n)))
+        return work
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "gpt2_shape.pt"
+        torch.save(dict(model=model.state_dict(), config=asdict(model.config),
+                        tokenizer=tokenizer_to_dict(tokenizer)), checkpoint)
+        settings = dict(port=0, model_checkpoint=checkpoint, slots=max(args.streams), device=args.device, dtype=args.dtype,
+                        compile=args.compile)
+        server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("serve.py")),
+                                   *(f"--{k}={v}" for k, v in settings.items())], stderr=subprocess.PIPE, text=True)
+        try:
+            seen = []
+            while not any(line.startswith("serving ") for line in seen):
+                seen.append(server.stderr.readline())
+                if not seen[-1]:
+                    raise UserError("serve.py did not start:\n" + "".join(seen))
+            port = int("".join(seen).split("listening on http://127.0.0.1:")[1].split(",")[0])
+            results = {}
+            for n in args.streams:
+                title = f"{n} clients x {args.length} tokens, {str(dtype).removeprefix('torch.')}, {device.type}"
+                results[title] = take_turns({"serve.py": clients(port, n, False),
+                                             "serve.py, streamed": clients(port, n, True),
+                                             "inference.py without HTTP": engine(n)}, args.rounds, "tok")
+                show(title, results[title])
+        finally:
+            server.terminate()
+            server.wait()
+    rates = [rates[0]["median"] for rates in results.values()]
+    print(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times what {args.streams[0]} gets", file=sys.stderr)
+    return results
+
+
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("decode",))
+    parser.add_argument("what", choices=("decode", "serve"))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
@@ -140,7 +218,7 @@ def main():
         raise UserError(f"--rounds is {args.rounds}: expected at least 1")
     if args.nanogpt and not Path(args.nanogpt).is_dir():
         raise UserError(f"--nanogpt {args.nanogpt} is no directory: git clone https://github.com/karpathy/nanoGPT")
-    results = {"decode": bench_decode}[args.what](args)
+    results = {"decode": bench_decode, "serve": bench_serve}[args.what](args)
     print(json.dumps(dict(bench=args.what, torch=torch.__version__, threads=torch.get_num_threads(), results=results)))
 
 

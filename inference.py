@@ -47,25 +47,25 @@ def load_model_from_checkpoint(path, device=None, dtype=None):
     """The GPT of a checkpoint file, a Hugging Face directory or a GPT-2 name, ready to sample from.
 
     device: auto by default; dtype: a torch.dtype or its name, by default what the device is good at. The weights are
-    converted once. The model carries its tokenizer (`.tokenizer`) and a prompt to try (`.sample_prompt`). Raises
-    UserError for what can't be loaded.
+    converted once. The model carries its tokenizer (`.tokenizer`), a prompt to try (`.sample_prompt`) and the step it was
+    saved at, where that is known (`.step`). Raises UserError for what can't be loaded.
     """
     device = resolve_device(str(device or "auto"))
     if not isinstance(dtype, torch.dtype):
         dtype = resolve_dtype(dtype or "auto", device)
-    train_config = {}
+    train_config, step = {}, None
     if Path(path).is_dir() or str(path) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         model, tokenizer = GPT.from_pretrained(str(path)), load_tokenizer("gpt2")
     else:
         checkpoint = load_checkpoint(path, mmap=True)  # the optimizer's state, twice the weights, stays on disk
         model, tokenizer = restore_model(checkpoint, dropout=0.0), load_tokenizer(checkpoint["tokenizer"])
-        train_config = checkpoint.get("train_config", {})
+        train_config, step = checkpoint.get("train_config", {}), checkpoint.get("step")
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the model of {str(path)!r} knows {model.config.vocab_size} tokens, its tokenizer "
                         f"{tokenizer.name} has {tokenizer.n_vocab}: they don't belong together")
     model = model.to(device, dtype).eval().requires_grad_(False)
     model.tokenizer = tokenizer
-    model.sample_prompt = train_config.get("sample_prompt", DEFAULT_PROMPT)
+    model.sample_prompt, model.step = train_config.get("sample_prompt", DEFAULT_PROMPT), step
     return model
 
 
@@ -104,8 +104,9 @@ class Request:
     """A sequence to be continued, as the engine sees it. Other threads may read it while the engine's thread fills it.
 
     tokens: the continuation so far; events: the same tokens as they come, then None; finish_reason: None while it goes on,
-    then "stop" (at the stop token, which is not in tokens), "length", or what cancel() was told. Raises UserError for
-    settings out of range. temperature 0 is greedy; without a seed it takes one, in `seed`, that repeats the sample.
+    then "stop" (at the stop token, which is not in tokens), "length", "error" (the exception is in `error`), or what
+    cancel() was told. Raises UserError for settings out of range. temperature 0 is greedy; without a seed it takes one, in
+    `seed`, that repeats the sample.
     """
 
     def __init__(self, prompt, max_length=100, temperature=1.0, top_k=None, top_p=None, seed=None):
@@ -121,12 +122,13 @@ class Request:
             check("top_p", top_p, (int, float), lambda p: 0 < p <= 1, "a number above 0 and up to 1")
         if seed is not None:
             check("seed", seed, (int,), lambda n: n >= 0, "a whole number of at least 0")
-        self.prompt, self.max_length, self.how = list(prompt), max_length, (float(temperature), top_k, top_p)
+        temperature = float(temperature) if temperature > 1e-6 else 0.0  # logits / 1e-39 are no numbers any more
+        self.prompt, self.max_length, self.how = list(prompt), max_length, (temperature, top_k, top_p)
         self.seed = random.SystemRandom().randrange(2**32) if seed is None else seed
         self.noise = random.Random(self.seed)  # its own, a number a token: no neighbour can change what it draws
         self.tokens = []
         self.events = queue.SimpleQueue()
-        self.finish_reason = None
+        self.finish_reason = self.error = None
         self.ended = False  # the engine is done with it, and has said so in events
         self.window = 0  # what is in the cache begins here in prompt + tokens,
         self.pos = 0  # and is so many tokens long
@@ -142,7 +144,8 @@ class Engine:
 
     submit() and Request.cancel() may be called from any thread, step() from one. Ids from n_vocab on (padding of the
     vocabulary) are never drawn; stop_token ends a sequence. The request live[i] has slot i of the KV cache. The model is
-    left in eval mode.
+    left in eval mode. A request whose forward pass fails ends with "error", the others go on; should step() itself raise,
+    abort() ends those that were live and leaves the engine fit to go on.
 
     compile=True fixes the shapes of the decode step, pads its rows to 1 or `slots`, and gives it to torch.compile. On CUDA
     it is recorded as a graph, and the next token is under way before the last is looked at: nothing waits for the host.
@@ -197,13 +200,33 @@ class Engine:
         for slot in reversed(range(len(self.live))):
             if self.live[slot].finish_reason:
                 self._remove(slot)
+        for request in [r for r in list(self.waiting) if r.finish_reason]:
+            self.waiting.remove(request)
+            self._end(request)
         self._admit()
         self._slide()
         if self.live:
-            self._draw(0, self._decode())
+            try:
+                logits = self._decode()
+            except Exception:
+                self._decode_alone()
+            else:
+                self._draw(0, logits)
         while len(self.pending) > (self.lag if self.live else 0):
             self._look()
         return bool(self.live or self.waiting)
+
+    def abort(self, error):
+        """End every request that has or had a slot with this error; those that wait may still be served."""
+        for request in {id(r): r for r in [*self.live, *(r for requests, *_ in self.pending for r in requests)]}.values():
+            self._fail(request, error)
+            self._end(request)
+        self.live.clear()
+        self.pending.clear()
+
+    def _fail(self, request, error):
+        if not request.finish_reason:
+            request.finish_reason, request.error = "error", error
 
     def _admit(self):
         last = None  # slot and logits of the request admitted last
@@ -214,14 +237,18 @@ class Engine:
                 continue
             slot = len(self.live)
             self.live.append(request)
-            if last and last[0].prompt == request.prompt:  # samples of one prompt: it is read once
-                request.pos = last[0].pos
-                self._copy(last[1], slot, request.pos)
-                logits = last[2]
-            else:
-                logits = self._prefill(slot)
-            last = request, slot, logits
-            self._draw(slot, logits)
+            try:
+                if last and last[0].prompt == request.prompt:  # samples of one prompt: it is read once
+                    request.pos = last[0].pos
+                    self._copy(last[1], slot, request.pos)
+                    logits = last[2]
+                else:
+                    logits = self._prefill(slot)
+                self._draw(slot, logits)
+                last = request, slot, logits
+            except Exception as error:
+                self._fail(request, error)
+                self._remove(slot)
 
     def _slide(self):
         """Where a sequence fills the context drop its oldest half, and read the rest again."""
@@ -237,7 +264,11 @@ class Engine:
                 self._remove(slot)
             else:
                 request.window += max(1, self.block_size // 2)
-                self._draw(slot, self._prefill(slot))
+                try:
+                    self._draw(slot, self._prefill(slot))
+                except Exception as error:
+                    self._fail(request, error)
+                    self._remove(slot)
 
     def _prefill(self, slot):
         """Read a sequence into its slot in one pass; the logits of its next token, (1, vocab_size)."""
@@ -264,6 +295,19 @@ class Engine:
             for tensor in cache.keys + cache.values:
                 torch._dynamo.mark_dynamic(tensor, 2)
         return (self.compiled or self._forward)(self.new[:rows], pos, cache)[:B]
+
+    def _decode_alone(self):
+        """Where the pass over all live sequences has failed, one for each: only those that fail by themselves end."""
+        for slot in reversed(range(len(self.live))):  # from the last, which takes the place of one that leaves
+            request = self.live[slot]
+            at = len(request.prompt) + request.drawn - 1 - request.window
+            try:
+                request.pos = at + 1
+                self._draw(slot, self._forward(self.new[slot:slot + 1], self._tensor([[at]]),
+                                               self.cache.narrow(slot, 1, at + 1)))
+            except Exception as error:
+                self._fail(request, error)
+                self._remove(slot)
 
     def _forward(self, idx, pos, cache):
         return self.model.lm_head(self.model.hidden(idx, cache, pos)[:, -1])

@@ -222,6 +222,71 @@ def test_cancelling_frees_the_slot_before_the_next_token(model):
         assert events == [*request.tokens, None] and request.events.empty()
 
 
+POISON = 99  # a token that no forward pass survives
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("where", ["prefill", "decode", "slide"])
+def test_a_sequence_that_fails_ends_with_its_error_and_its_neighbours_do_not_notice(model, monkeypatch, where, lag):
+    hidden = GPT.hidden
+    failing = False
+
+    def fragile(self, idx, cache=None, pos=None):
+        if POISON in idx and {"prefill": pos is None, "decode": pos is not None, "slide": failing and pos is None}[where]:
+            raise RuntimeError("no memory left for this one")
+        return hidden(self, idx, cache, pos)
+
+    good = [p for p in prompts(5, 20, 9, 24) if POISON not in p]
+    expected = [uncached(model, p, 40) for p in good]
+    assert not any(POISON in p + e for p, e in zip(good, expected, strict=True))
+    monkeypatch.setattr(GPT, "hidden", fragile)
+    engine = Engine(model, slots=3, n_vocab=N_VOCAB)
+    engine.lag = lag
+    requests = [engine.submit(p, max_length=40, temperature=0) for p in good[:2]]
+    poisoned = engine.submit([1, 2, 3] if where == "decode" else [1] * 15 + [POISON], max_length=40, temperature=0)
+    requests += [engine.submit(p, max_length=40, temperature=0) for p in good[2:]]
+    for i in range(300):
+        failing = where == "slide" and i > 2
+        if where == "decode" and i == 3:
+            engine.new[engine.live.index(poisoned)] = POISON
+        if not engine.step():
+            break
+    assert poisoned.finish_reason == "error" and "no memory" in str(poisoned.error)
+    assert list(iter(lambda: poisoned.events.get(timeout=1), None)) == poisoned.tokens
+    assert [r.tokens for r in requests] == expected
+    assert not engine.live and not engine.waiting and not engine.pending
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_after_abort_those_who_wait_are_served(model, monkeypatch, lag):
+    engine = Engine(model, slots=2, n_vocab=N_VOCAB)
+    engine.lag = lag
+    requests = [engine.submit([i + 1], max_length=10, temperature=0) for i in range(3)]
+    for _ in range(3):
+        engine.step()
+    engine.abort(RuntimeError("the device is gone"))
+    assert [r.finish_reason for r in requests] == ["error", "error", None]
+    drain(engine)
+    assert requests[2].tokens == uncached(model, [3], 10)
+    assert all(r.events.get(timeout=1) is not None for r in requests)
+
+
+def test_a_request_cancelled_while_it_waits_leaves_the_queue_at_the_next_token(model):
+    engine = Engine(model, slots=1, n_vocab=N_VOCAB)
+    first, second, third = (engine.submit([i], max_length=20) for i in range(3))
+    engine.step()
+    second.cancel()
+    engine.step()
+    assert list(engine.waiting) == [third] and second.events.get(timeout=1) is None and not first.ended
+
+
+def test_the_least_temperatures_are_greedy(model):
+    engine = Engine(model, slots=2, n_vocab=N_VOCAB)
+    requests = [engine.submit([7], max_length=20, temperature=t) for t in (0, 1e-39, 1e-300)]
+    drain(engine)
+    assert [r.tokens for r in requests] == [uncached(model, [7], 20)] * 3
+
+
 def test_one_forward_pass_a_token_and_one_a_prompt(model, monkeypatch):
     shapes = []
     hidden = GPT.hidden
