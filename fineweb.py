@@ -107,6 +107,7 @@ def atomic_directory(path):
 
     Raises UserError where there is one already that isn't empty, or when the disk is full or not writable.
     """
+    from safetensors import SafetensorError
     path = Path(os.path.abspath(path))
     tmp = path.with_name(path.name + ".tmp")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -121,8 +122,9 @@ def atomic_directory(path):
         if path.exists():
             path.rmdir()
         os.replace(tmp, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Make room or choose another place") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Make room or choose another "
+                        "place") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 

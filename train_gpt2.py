@@ -237,6 +237,8 @@ class GPT(nn.Module):
         Raises UserError where the directory can't be written, or is there already.
         """
         from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         c = self.config
         tokenizer = tokenizer or getattr(self, "tokenizer", None)
         n_vocab, eot = (tokenizer.n_vocab, tokenizer.eot_token) if tokenizer else (c.vocab_size, None)
@@ -783,6 +785,9 @@ def load_checkpoint(path, mmap=False):
 def load_hugging_face(name):
     """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it."""
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # what is wrong is told below, in a line
+    logging.set_verbosity_error()
     try:
         hf, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except Exception as e:  # no network, no weights, torn or hostile files
