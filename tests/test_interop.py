@@ -467,7 +467,7 @@ def test_what_is_missing_is_named(tmp_path, change, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-class GPTConfig_:
+class Evil:
     """A pickle that makes a directory when it is loaded the way pickles are."""
 
     def __init__(self, path):
@@ -481,12 +481,12 @@ class GPTConfig_:
 def test_a_file_that_would_run_code_is_refused_everywhere(tmp_path, monkeypatch, where, data_root):
     owned, evil = tmp_path / "owned", tmp_path / "evil.pt"
     model = GPT(GPTConfig(**SIZES))
-    contents = {"model": model.state_dict(), "config": SIZES, where: GPTConfig_(owned)}
+    contents = {"model": model.state_dict(), "config": SIZES, where: Evil(owned)}
     if where == "hugging face":
         evil = tmp_path / "evil"
         hugging_face().save_pretrained(evil)
         (evil / "model.safetensors").unlink()
-        torch.save(GPTConfig_(owned), evil / "pytorch_model.bin")
+        torch.save(Evil(owned), evil / "pytorch_model.bin")
     else:
         torch.save(contents, evil)
     monkeypatch.chdir(tmp_path)
