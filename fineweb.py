@@ -8,6 +8,8 @@ Any other text on the Hugging Face Hub, or in a local directory of the same layo
 $ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe --vocab_size 32768 --data_root ja
 Your own files (.txt and .md: a document a file; .jsonl, .json.gz and .parquet: a document a row):
 $ python fineweb.py --files "books/**/*.txt" --data_root books
+The same with the tokenizer of a checkpoint (or of another dataset, or a Hugging Face directory), to fine-tune it:
+$ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root books_for_it
 The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 
@@ -18,6 +20,7 @@ half-way? Run the same command again: it continues after the last whole shard, a
 
 import argparse
 import base64
+import contextlib
 import difflib
 import glob
 import gzip
@@ -26,6 +29,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import sysconfig
 import zlib
@@ -97,8 +101,36 @@ def atomic_write(path, write):
         tmp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_directory(path):
+    """A directory to write files into that takes the name `path` at the end of the block: whole or not there.
+
+    Raises UserError where there is one already that isn't empty, or when the disk is full or not writable.
+    """
+    from safetensors import SafetensorError
+    path = Path(os.path.abspath(path))
+    tmp = path.with_name(path.name + ".tmp")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already: choose another name, or remove it")
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)  # of one that was killed
+        tmp.mkdir(parents=True)
+        yield tmp
+        for file in tmp.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            path.rmdir()
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Make room or choose another "
+                        "place") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
 # -----------------------------------------------------------------------------
-# the tokenizer: always a tiktoken.Encoding whose last id is <|endoftext|>
+# the tokenizer: always a tiktoken.Encoding with one special token, <|endoftext|>; its id is the last, if it was made here
 
 # How GPT-2 splits text into pieces: OpenAI's pattern without its possessive quantifiers, which the regex engine takes
 # step by step. The same pieces, spelled as one plain group and the whitespace, run on an automaton: much faster.
@@ -111,32 +143,42 @@ BPE_SPLIT = (r"(?: ?\p{Han}+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+"
              r"| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+)") + SPACES
 
 
+# Tokenizer files of Hugging Face spell a byte as the character of that number where that prints, else as one from U+0100 on
+SILENT = [*range(33), *range(127, 161), 173]
+BYTE_OF = {chr(256 + SILENT.index(b) if b in SILENT else b): b for b in range(256)}
+# SHA-256 of GPT-2's tokens as dump_ranks writes them
+GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
 def make_encoding(name, ranks):
-    """The Encoding "gpt2" or "bpe" with these {token bytes: rank}; <|endoftext|> gets the next id."""
-    return tiktoken.Encoding(name, pat_str=GPT2_SPLIT if name == "gpt2" else BPE_SPLIT, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
+    """The Encoding with these {token bytes: rank}; <|endoftext|> gets the id that they leave free, the last unless foreign.
+
+    name: "gpt2"; "bpe", with BPE_SPLIT; or "bpe-gpt2", other tokens than GPT-2's that split text as it does.
+    """
+    eot, = set(range(len(ranks) + 1)) - set(ranks.values())
+    return tiktoken.Encoding(name, pat_str=BPE_SPLIT if name == "bpe" else GPT2_SPLIT, mergeable_ranks=ranks,
+                             special_tokens={EOT: eot}, explicit_n_vocab=len(ranks) + 1)
+
+
+def dump_ranks(ranks):
+    """{token bytes: rank} as tiktoken's own file format: base64 and rank, a line a token."""
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in in_order)
 
 
 def load_tokenizer(spec):
-    """The tiktoken.Encoding of "gpt2", of a dataset directory (gpt2 without meta.json), or of tokenizer_to_dict."""
+    """The tiktoken.Encoding of tokenizer_to_dict's result, or of whatever find_tokenizer takes."""
     if not isinstance(spec, dict):
-        root = Path(spec)
-        if spec != "gpt2" and not root.is_dir():
-            raise UserError(f"no dataset directory {root}: make one with python fineweb.py --data_root {root}")
-        spec = {"name": "gpt2" if spec == "gpt2" else read_meta(root).get("tokenizer", "gpt2")}
-        if spec["name"] == "bpe":
-            try:
-                spec["ranks"] = (root / "tokenizer.tiktoken").read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {error.filename} ({error.strerror}): make the dataset again") from error
-    if spec.get("name") == "bpe":
+        spec = find_tokenizer(spec)
+    name = spec.get("name")
+    if name not in ("gpt2", "bpe", "bpe-gpt2"):
+        raise UserError(f"unknown tokenizer {name!r}, expected gpt2 or bpe: update this program")
+    if name != "gpt2" or "ranks" in spec:
         try:
             lines = map(bytes.split, spec["ranks"].splitlines())
-            return make_encoding("bpe", {base64.b64decode(token): int(rank) for token, rank in lines})
+            return make_encoding(name, {base64.b64decode(token): int(rank) for token, rank in lines})
         except (KeyError, ValueError, AssertionError) as error:
             raise UserError(f"damaged tokenizer ranks ({error}): make the dataset or checkpoint again") from error
-    if spec.get("name") != "gpt2":
-        raise UserError(f"unknown tokenizer {spec.get('name')!r}, expected gpt2 or bpe: update this program")
     try:
         return make_encoding("gpt2", tiktoken.get_encoding("gpt2")._mergeable_ranks)
     except Exception as error:  # a dozen kinds, and none says what to do
@@ -146,27 +188,113 @@ def load_tokenizer(spec):
 
 
 def tokenizer_to_dict(enc):
-    """What a checkpoint keeps of a tokenizer: {"name": "gpt2"}, or {"name": "bpe", "ranks": a .tiktoken file}."""
-    if enc.name == "gpt2":
+    """What a checkpoint keeps of a tokenizer: {"name": "gpt2"}, or its name and its "ranks", a .tiktoken file."""
+    return {"name": "gpt2"} if enc.name == "gpt2" else {"name": enc.name, "ranks": dump_ranks(enc._mergeable_ranks)}
+
+
+def find_tokenizer(path):
+    """The tokenizer, as a dict like tokenizer_to_dict's, of "gpt2", a dataset or Hugging Face directory, or a checkpoint.
+
+    A directory that has none is of GPT-2's tokens, as build-nanogpt's are.
+    """
+    root = Path(path)
+    if path == "gpt2":
         return {"name": "gpt2"}
-    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
-    return {"name": "bpe", "ranks": b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)}
+    if root.is_file():
+        import torch
+        try:
+            return torch.load(root, map_location="cpu", mmap=True, weights_only=True)["tokenizer"]
+        except Exception as error:  # torch has an exception of its own for each kind of damage
+            raise UserError(f"{root} has no tokenizer that can be read: give a checkpoint of this program") from error
+    if not root.is_dir():
+        raise UserError(f"no tokenizer in {root}: expected gpt2, a checkpoint, or a directory that is a dataset (python "
+                        f"fineweb.py --data_root {root} makes one) or Hugging Face's")
+    if not (root / "meta.json").exists() and any((root / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return read_hugging_face(root)
+    name = read_meta(root).get("tokenizer", "gpt2")
+    try:
+        return {"name": name} | ({} if name == "gpt2" else {"ranks": (root / "tokenizer.tiktoken").read_bytes()})
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): make the dataset again") from error
+
+
+def read_hugging_face(root):
+    """The tokenizer of a Hugging Face directory, as a dict like tokenizer_to_dict's; UserError where it is of another kind.
+
+    It may be a byte-level BPE that splits text as GPT-2 does or as this program does, with <|endoftext|> and no other
+    special token among the ids; special tokens after all others are left out.
+    """
+    def need(condition, what):
+        if not condition:
+            raise UserError(f"the tokenizer of {root} can't be used here: {what}")
+
+    try:
+        if (root / "tokenizer.json").exists():
+            spec = json.loads((root / "tokenizer.json").read_bytes())
+        else:  # as GPT-2 was first published
+            merges = (root / "merges.txt").read_text(encoding="utf-8").splitlines()
+            spec = {"model": {"type": "BPE", "vocab": json.loads((root / "vocab.json").read_bytes()),
+                              "merges": [line for line in merges if line and not line.startswith("#version")]},
+                    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+        model, split = spec["model"], spec["pre_tokenizer"] or {}
+        need(model["type"] == "BPE", f"it is {model['type']}, not BPE")
+        need(not spec.get("normalizer"), "it changes the text (normalizer)")
+        *first, last = split.get("pretokenizers", [split])
+        pattern = first[0].get("pattern", {}).get("Regex") if len(first) == 1 else GPT2_SPLIT
+        need(last.get("type") == "ByteLevel" and not last["add_prefix_space"] and pattern in (GPT2_SPLIT, BPE_SPLIT)
+             and last.get("use_regex", True) != bool(first), "it splits text in another way")
+        special = {token["content"] for token in spec.get("added_tokens", [])} | {EOT}
+        ids = {token["content"]: token["id"] for token in spec.get("added_tokens", [])} | model["vocab"]
+        words = {token: i for token, i in model["vocab"].items() if token not in special}
+        need(EOT in ids and {*words.values(), ids[EOT]} == set(range(len(words) + 1)),
+             f"expected {EOT} and no other special token before the last of the ids")
+        need(all(c in BYTE_OF for token in words for c in token) and all(c in words for c in BYTE_OF), "not byte-level")
+        merges = [words["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+        need(merges == sorted(merges) and len(words) == 256 + len(set(merges)), "its merges are not in the order of the ids")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the tokenizer of {root} can't be read ({type(error).__name__}: {error})") from error
+    ranks = dump_ranks({bytes(BYTE_OF[c] for c in token): i for token, i in words.items()})
+    known = hashlib.sha256(ranks).hexdigest() == GPT2_RANKS and pattern == GPT2_SPLIT
+    return {"name": "gpt2" if known else "bpe" if pattern == BPE_SPLIT else "bpe-gpt2", "ranks": ranks}
+
+
+def hugging_face_bpe(pattern, **model):
+    """A tokenizers.Tokenizer that splits text by the pattern, and its pieces into bytes that merge."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    bpe = Tokenizer(models.BPE(**model))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def export_tokenizer(enc, directory, max_length):
+    """Write the tokenizer.json and tokenizer_config.json from which transformers' AutoTokenizer makes the same ids."""
+    char = {b: c for c, b in BYTE_OF.items()}
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+    spelled = {token: "".join(char[b] for b in token) for token in ranks}
+    # tiktoken merges any two tokens that make a third; here each such pair is named
+    merges = [(spelled[token[:i]], spelled[token[i:]]) for token in ranks for i in range(1, len(token))
+              if token[:i] in ranks and token[i:] in ranks]
+    bpe = hugging_face_bpe(enc._pat_str, vocab={spelled[token]: i for token, i in ranks.items()} | {EOT: enc.eot_token},
+                           merges=merges)
+    bpe.add_special_tokens([EOT])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT,
+                "model_max_length": max_length, "clean_up_tokenization_spaces": False}
+    (Path(directory) / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
+    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def train_bpe(texts, vocab_size):
     """Train a byte-level BPE on an iterator of str. vocab_size counts the 256 bytes, the merges and EOT."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(BPE_SPLIT), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet,
+    from tokenizers import trainers
+    bpe = hugging_face_bpe(BPE_SPLIT)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=list(BYTE_OF),
                                                        show_progress=False))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork: from now on without
-    # it spells a byte as the character of that number where that prints, else as one of those from U+0100 on
-    silent = [b for b in range(256) if chr(b) not in alphabet]
-    byte = {chr(b): b for b in range(256)} | {chr(256 + i): b for i, b in enumerate(silent)}
-    return make_encoding("bpe", {bytes(byte[c] for c in token): rank for token, rank in bpe.get_vocab().items()})
+    return make_encoding("bpe", {bytes(BYTE_OF[c] for c in token): rank for token, rank in bpe.get_vocab().items()})
 
 
 # -----------------------------------------------------------------------------
@@ -419,12 +547,13 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     """Write the shards, meta.json and tokenizer of a dataset directory, or continue where it was killed.
 
     source: "fineweb" (dataset, name, column: on the Hub or a local directory), "files" (files: a glob) or "stdlib".
-    shard_size is in tokens. Returns the contents of meta.json; raises UserError for whatever the user can mend.
+    tokenizer: "bpe" trains one of vocab_size, anything else is for find_tokenizer. shard_size is in tokens. Returns the
+    contents of meta.json; raises UserError for whatever the user can mend.
     """
     from tqdm import tqdm
     root, num_proc = Path(data_root), os.cpu_count() if num_proc is None else num_proc
-    if tokenizer not in ("gpt2", "bpe") or (vocab_size is not None) != (tokenizer == "bpe"):
-        raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: expected gpt2, or bpe and a size")
+    if (vocab_size is not None) != (tokenizer == "bpe"):
+        raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: a size goes with bpe, and bpe with a size")
     if vocab_size is not None and not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size {vocab_size}: expected 257 (the bytes and {EOT}) to 65536 (uint16 shards)")
     if shard_size < 1 or num_proc < 1 or not 0 < val_fraction < 1:
@@ -450,13 +579,16 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     if meta.get("complete") and len(there) == len(meta["shards"]):
         print(f"{root} is complete: {sum(meta['tokens'].values()):,} tokens in {len(there)} shards. Nothing to do")
         return meta
+    fresh = not old or changed  # else the tokenizer is there: meta.json is written after it
+    enc = load_tokenizer(tokenizer if fresh else root) if tokenizer != "bpe" or not fresh else None
+    if enc and enc.n_vocab > 65536:
+        raise UserError(f"--tokenizer {tokenizer} has {enc.n_vocab} tokens: uint16 shards hold 65536")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {root} ({error.strerror}): choose another --data_root") from error
 
-    # the tokenizer. meta.json is written after it, so where there is one and nothing changed, the tokenizer is there
-    if not old or changed:
+    if fresh:
         head = tail = None
         if tokenizer == "bpe":
             print(f"training a tokenizer of {vocab_size} tokens on the text")
@@ -464,13 +596,12 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
             enc = train_bpe(strings, vocab_size)
             if enc.n_vocab < vocab_size:
                 print(f"the text is too short for that many: {enc.n_vocab}")
-            atomic_write(root / "tokenizer.tiktoken", lambda f: f.write(tokenizer_to_dict(enc)["ranks"]))
-        else:
-            enc = load_tokenizer("gpt2")
-        meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "source": description,
+        if enc.name != "gpt2":
+            atomic_write(root / "tokenizer.tiktoken", lambda f: f.write(dump_ranks(enc._mergeable_ranks)))
+        meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "source": description,
                 "settings": settings, "trained_within": {"head": head, "tail": tail}, "order": None}
     else:
-        enc, (head, tail) = load_tokenizer(root), meta["trained_within"].values()
+        head, tail = meta["trained_within"].values()
     token_sizes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)], dtype=np.uint16)
     token_sizes[enc.eot_token] = 0
 
@@ -555,7 +686,8 @@ def main():
     add("--dataset", default=FINEWEB, help="name on the Hugging Face Hub, or a local directory")
     add("--name", help="its configuration; of FineWeb-Edu sample-10BT (default), sample-100BT or sample-350BT")
     add("--column", default="text", help="column or key that holds the text")
-    add("--tokenizer", default="gpt2", choices=["gpt2", "bpe"], help="bpe: train one on the text")
+    add("--tokenizer", default="gpt2", help="gpt2; bpe: train one on the text; or a checkpoint, a dataset directory, a "
+        "Hugging Face directory: the tokenizer of that (default: gpt2)")
     add("--vocab_size", type=int, help="of bpe, with its <|endoftext|>: 257 to 65536")
     add("--shard_size", type=int, default=10**8, help="tokens in a shard")
     add("--val_fraction", type=float, default=0.1, help="held out of a corpus smaller than two shards")

@@ -8,6 +8,8 @@ $ python inference.py --checkpoint_path path/to/hugging_face_directory --num_sam
 A prompt from a file or from another program; the text goes to stdout, all else to stderr:
 $ python inference.py --prompt FILE:story.txt --stop "THE END" > story_goes_on.txt
 $ git diff | python inference.py --prompt - --temperature 0
+The model and its tokenizer as a Hugging Face directory, for transformers and what reads its files:
+$ python inference.py --checkpoint_path log/model_10000.pt --export gpt2_of_mine
 
 From Python:
 >>> from inference import generate_text, load_model_from_checkpoint
@@ -33,7 +35,7 @@ import torch
 from torch import nn
 
 from fineweb import ArgumentParser, UserError, load_tokenizer, run_main
-from train_gpt2 import GPT, compile_model, load_checkpoint, resolve_device, resolve_dtype, restore_model, sample_next
+from train_gpt2 import compile_model, load_checkpoint, resolve_device, resolve_dtype, restore_model, sample_next
 
 DEFAULT_CHECKPOINT = "log/latest_checkpoint.pt"
 MAX_SLOTS = 16  # more samples than that wait for one of them to end
@@ -53,19 +55,15 @@ def load_model_from_checkpoint(path, device=None, dtype=None):
     device = resolve_device(str(device or "auto"))
     if not isinstance(dtype, torch.dtype):
         dtype = resolve_dtype(dtype or "auto", device)
-    train_config, step = {}, None
-    if Path(path).is_dir() or str(path) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        model, tokenizer = GPT.from_pretrained(str(path)), load_tokenizer("gpt2")
-    else:
-        checkpoint = load_checkpoint(path, mmap=True)  # the optimizer's state, twice the weights, stays on disk
-        model, tokenizer = restore_model(checkpoint, dropout=0.0), load_tokenizer(checkpoint["tokenizer"])
-        train_config, step = checkpoint.get("train_config", {}), checkpoint.get("step")
+    checkpoint = load_checkpoint(path, mmap=True)  # the optimizer's state, twice the weights, stays on disk
+    model, tokenizer = restore_model(checkpoint, dropout=0.0), load_tokenizer(checkpoint["tokenizer"])
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the model of {str(path)!r} knows {model.config.vocab_size} tokens, its tokenizer "
                         f"{tokenizer.name} has {tokenizer.n_vocab}: they don't belong together")
     model = model.to(device, dtype).eval().requires_grad_(False)
     model.tokenizer = tokenizer
-    model.sample_prompt, model.step = train_config.get("sample_prompt", DEFAULT_PROMPT), step
+    model.sample_prompt = checkpoint.get("train_config", {}).get("sample_prompt", DEFAULT_PROMPT)
+    model.step = checkpoint.get("step")
     return model
 
 
@@ -500,6 +498,7 @@ def main():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile the decode step: a minute's wait, then faster (default: no)")
+    add("--export", metavar="DIR", help="write a Hugging Face directory, in float32 unless --dtype says, and no sample")
     args = parser.parse_args()
     settings = {k: getattr(args, k) for k in ("max_length", "temperature", "top_k", "top_p", "seed")}
     Request([], **settings)  # contradictions show before anything is read
@@ -509,6 +508,11 @@ def main():
     def say(text):
         print(text, file=sys.stderr, flush=True)
 
+    if args.export is not None:
+        dtype = "float32" if args.dtype == "auto" else args.dtype
+        load_model_from_checkpoint(args.checkpoint_path, "cpu", dtype).save_pretrained(args.export)
+        say(f"exported {args.checkpoint_path} to {args.export}")
+        return
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     model = load_model_from_checkpoint(args.checkpoint_path, args.device, args.dtype)
     if sum(p.numel() for p in model.parameters()) < 10**7:

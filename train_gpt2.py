@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,8 +48,8 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import hellaswag
-from fineweb import (ArgumentParser, UserError, atomic_write, list_shards, load_tokenizer, open_shard, prepare, read_meta,
-                     run_main, tokenizer_to_dict)
+from fineweb import (ArgumentParser, UserError, atomic_directory, atomic_write, export_tokenizer, find_tokenizer,
+                     list_shards, load_tokenizer, open_shard, prepare, read_meta, run_main, tokenizer_to_dict)
 
 
 def first_line(error):
@@ -228,36 +229,35 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name):
         """GPT-2 from the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local directory."""
-        from transformers import GPT2LMHeadModel
-        try:
-            hf = GPT2LMHeadModel.from_pretrained(name)
-        except OSError as e:
-            raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(e)}") from e
-        c = hf.config
-        if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu") or c.n_inner not in (None, 4 * c.n_embd):
-            raise UserError(f"{name!r} is not plain GPT-2: activation {c.activation_function}, n_inner {c.n_inner}")
-        model = cls(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd,
-                              gelu="none" if c.activation_function == "gelu" else "tanh"))
-        state = {k: v.t() if k.endswith(cls.TRANSPOSED) else v for k, v in hf.state_dict().items()}
-        model.load_state_dict({k: state[k] for k in model.state_dict()})  # leaves out the mask buffers of old versions
-        return model
+        return restore_model(load_checkpoint(name))
 
-    def save_pretrained(self, directory, vocab_size=None):
-        """Write a directory that `transformers` loads as GPT2LMHeadModel with equal logits; rows past vocab_size are cut."""
+    def save_pretrained(self, directory, tokenizer=None):
+        """Write a new directory from which `transformers` loads model and tokenizer, with equal logits and greedy text.
+
+        tokenizer: by default the model's own, if it has one (`.tokenizer`); rows of the embedding past its ids are cut.
+        Raises UserError where the directory can't be written, or is there already.
+        """
         from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         c = self.config
-        vocab_size = vocab_size or c.vocab_size
-        hf = GPT2LMHeadModel(GPT2Config(
-            vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
-            bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1))
-        state = {k: v.t() if k.endswith(self.TRANSPOSED) else v for k, v in self.state_dict().items()}
-        for k in ("transformer.wte.weight", "lm_head.weight"):
-            state[k] = state[k][:vocab_size]
-        if not c.bias:  # transformers has no GPT-2 without biases: zeros are the same function
-            state = {k: state.get(k, torch.zeros_like(v)) for k, v in hf.state_dict().items()}
-        hf.load_state_dict(state)
-        hf.save_pretrained(directory)
+        tokenizer = tokenizer or getattr(self, "tokenizer", None)
+        n_vocab, eot = (tokenizer.n_vocab, tokenizer.eot_token) if tokenizer else (c.vocab_size, None)
+        with torch.device("meta"):  # its shapes alone: the weights are ours
+            hf = GPT2LMHeadModel(GPT2Config(
+                vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                activation_function="gelu_new" if c.gelu == "tanh" else "gelu", bos_token_id=eot, eos_token_id=eot,
+                embd_pdrop=c.dropout, resid_pdrop=c.dropout, attn_pdrop=c.dropout))
+        state = {k: v.t().contiguous() if k.endswith(self.TRANSPOSED) else v for k, v in self.state_dict().items()}
+        state["transformer.wte.weight"] = state["lm_head.weight"] = state["lm_head.weight"][:n_vocab]
+        # transformers has no GPT-2 without biases: zeros are the same function
+        state = {k: state[k] if k in state else torch.zeros(v.shape) for k, v in hf.state_dict().items()}
+        hf.load_state_dict(state, assign=True)
+        hf.tie_weights()
+        with atomic_directory(directory) as folder:
+            hf.save_pretrained(folder)
+            if tokenizer:
+                export_tokenizer(tokenizer, folder, c.block_size)
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, noise=None):
@@ -811,9 +811,11 @@ def load_checkpoint(path, mmap=False):
 
     With mmap a tensor is read from disk when it is used: who needs the weights alone never reads the optimizer's state.
 
-    Reads this repository's, build-nanogpt's (whose config is a pickled GPTConfig) and nanoGPT's (model_args). Raises
-    UserError for anything else, with what is missing.
+    Reads this repository's, build-nanogpt's (whose config is a pickled GPTConfig) and nanoGPT's (model_args), and Hugging
+    Face's GPT-2: a directory or one of four names. Raises UserError for anything else, with what is missing.
     """
+    if str(path) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") or Path(path).is_dir():
+        return load_hugging_face(str(path))
     path = Path(path)
     if not path.is_file():
         there = ", ".join(str(p) for p in list_checkpoints(path.parent)[:5]) or "none"
@@ -824,19 +826,47 @@ def load_checkpoint(path, mmap=False):
                                     mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
         raise UserError(f"{str(path)!r} is no checkpoint that can be read: {first_line(e)}") from e
-    if isinstance(checkpoint, dict) and "model_args" in checkpoint:  # nanoGPT
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if isinstance(checkpoint.get("model_args"), dict):  # nanoGPT
         checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
-    missing = [k for k in ("model", "config") if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if isinstance(checkpoint.get("config"), GPTConfig):  # build-nanogpt
+        checkpoint["config"] = asdict(checkpoint["config"])
+    missing = [k for k in ("model", "config") if not isinstance(checkpoint.get(k), dict)]
+    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    missing = missing or [k for k in sizes if k not in checkpoint["config"]]
     if missing:
         raise UserError(f"{str(path)!r} is no checkpoint of a GPT: it has no {' and no '.join(missing)}")
-    if isinstance(checkpoint["config"], GPTConfig):  # build-nanogpt
-        checkpoint["config"] = asdict(checkpoint["config"])
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     checkpoint["config"] = {k: v for k, v in checkpoint["config"].items() if k in names}
-    for prefix in ("module.", "_orig_mod."):  # saved from inside DDP or torch.compile
-        checkpoint["model"] = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items()}
+    # the prefixes are of DDP and torch.compile
+    checkpoint["model"] = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in checkpoint["model"].items()}
     checkpoint.setdefault("tokenizer", {"name": "gpt2"})
     return checkpoint
+
+
+def load_hugging_face(name):
+    """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # what is wrong is told below, in a line
+    logging.set_verbosity_error()
+    try:
+        hf, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except Exception as e:  # no network, no weights, torn or hostile files
+        raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(e)}") from e
+    if info["missing_keys"]:
+        raise UserError(f"{name!r} is no GPT-2: its weights lack {sorted(info['missing_keys'])[0]}")
+    c = hf.config
+    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
+    plain = {"activation_function": tuple(gelu), "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": (1e-5,),
+             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
+             "add_cross_attention": (False,)}
+    for k, expected in plain.items():
+        if getattr(c, k) not in expected:
+            raise UserError(f"{name!r} is not plain GPT-2: its {k} is {getattr(c, k)}, expected {expected[0]}")
+    state = {k: v.t() if k.endswith(GPT.TRANSPOSED) else v for k, v in hf.state_dict().items()}
+    config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, gelu=gelu[c.activation_function])
+    return {"model": state, "config": asdict(config), "tokenizer": find_tokenizer(name if Path(name).is_dir() else "gpt2")}
 
 
 def find_start(flags, world):
@@ -865,11 +895,7 @@ def find_start(flags, world):
             for name in ("preset", "resume", "auto_resume", "checkpoint_path"):
                 start["train_config"].pop(name, None)
         elif init_from != "scratch":
-            if Path(init_from).is_file():
-                start = load_checkpoint(init_from)
-            else:
-                model = GPT.from_pretrained(init_from)
-                start = {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": {"name": "gpt2"}}
+            start = load_checkpoint(init_from)
             start = {k: start[k] for k in ("model", "config", "tokenizer")}
             start["train_config"] = {k: start["config"][k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
     if world.size > 1:  # other hosts may not see rank 0's disk
@@ -900,7 +926,7 @@ def restore_model(checkpoint, block_size=None, dropout=None):
     try:
         model.load_state_dict({k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))})
     except RuntimeError as e:
-        raise UserError("the checkpoint's weights do not fit its config: " + str(e).splitlines()[1].strip()) from e
+        raise UserError(f"the checkpoint's weights do not fit its config: {str(e).splitlines()[1].strip():.200}") from e
     return model
 
 
@@ -913,9 +939,11 @@ def check_fit(cfg, start, tokenizer):
     if cfg.block_size > theirs["block_size"] or "step" in start and cfg.block_size != theirs["block_size"]:
         raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {theirs['block_size']}: "
                         + ("leave it out" if "step" in start else "give at most that"))
-    if start["tokenizer"] != tokenizer_to_dict(tokenizer):
+    ours, name = tokenizer_to_dict(tokenizer), start["tokenizer"]["name"]
+    if any(start["tokenizer"].get(k) != v for k, v in ours.items()):
         raise UserError(f"the tokenizer of --data_root {cfg.data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) is "
-                        f"not the checkpoint's ({start['tokenizer']['name']}): give the dataset that goes with it")
+                        f"not the checkpoint's ({name}): give the dataset that goes with it, or make one of your text by "
+                        f"python fineweb.py --tokenizer {'gpt2' if name == 'gpt2' else 'THE_CHECKPOINT'}")
     if "step" in start and len(start["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
         raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with another: leave it out")
 

@@ -503,7 +503,8 @@ def test_checkpoints_of_all_kinds_give_the_same_model(model, checkpoint, tmp_pat
         # nanoGPT has the exact GELU, the others its approximation
         torch.testing.assert_close(loaded(idx)[0], expected, atol=0.05 if name == "nanogpt" else 1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "hf")
-    torch.testing.assert_close(load_model_from_checkpoint(tmp_path / "hf", "cpu", torch.float32)(idx)[0], expected)
+    loaded = load_model_from_checkpoint(tmp_path / "hf", "cpu", torch.float32)
+    torch.testing.assert_close(loaded(idx)[0], expected[..., :N_VOCAB])
 
 
 def test_the_model_has_the_dtype_that_is_asked_for(checkpoint):

@@ -151,16 +151,6 @@ def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id
     assert generate(model, idx, 59, n_vocab=3).max() < 200 and generate(model, idx, 59, n_vocab=3)[:, 5:].max() < 3
 
 
-def test_hugging_face_directories_go_both_ways(tmp_path):
-    from transformers import GPT2LMHeadModel
-    model = scrambled(GPTConfig(*SHAPES[1]))
-    model.save_pretrained(tmp_path / "hf", vocab_size=250)
-    idx = torch.randint(250, (2, 40))
-    ours = model(idx)[0][..., :250]
-    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path / "hf")(idx).logits, ours, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "hf")(idx)[0], ours, rtol=1e-4, atol=1e-4)
-
-
 # -----------------------------------------------------------------------------
 # which tokens a step reads
 
