@@ -642,6 +642,9 @@ def bench_growth(args):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    folder = Path(args.picture).parent
+    if not folder.is_dir():
+        raise UserError(f"--picture {args.picture}: there is no folder {str(folder)!r}")
     preset = PRESETS[args.preset]
     L, B, T = preset["n_layer"], 2, min(256, preset["block_size"])
     sweeps = {"micro-batch (sequences)": [(n, (L, n, T)) for n in (1, 2, 4, 8)],
