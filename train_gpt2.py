@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -828,7 +829,10 @@ def load_checkpoint(path, mmap=False):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True,
                                     mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
-        raise UserError(f"{str(path)!r} is no checkpoint that can be read: {first_line(e)}") from e
+        asks = re.search(r"GLOBAL ([\w.]+)", str(e))
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read: " + (
+            f"it asks for {asks[1]} to be run, which is refused; tensors and plain values are read" if asks else
+            "torch.save has not written it" if isinstance(e, pickle.UnpicklingError) else first_line(e))) from e
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if isinstance(checkpoint.get("model_args"), dict):  # nanoGPT
         checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
