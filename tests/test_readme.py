@@ -64,30 +64,28 @@ class Parsed(Exception):
     pass
 
 
-@pytest.fixture
-def check_flags(monkeypatch):
-    """A function that has a script's own parser read a command line, and end there."""
-    real = fineweb.ArgumentParser.parse_args
+def read_by_its_parser(monkeypatch, script, args):
+    """The parser of a script's main(), and what it makes of args; nothing after that is run."""
+    real, found = fineweb.ArgumentParser.parse_args, []
 
     def parse_args(parser, args=None, namespace=None):
-        raise Parsed(real(parser, args, namespace))
+        found.extend((parser, real(parser, args, namespace)))
+        raise Parsed
 
-    monkeypatch.setattr(fineweb.ArgumentParser, "parse_args", parse_args)
-
-    def check(script, args):
-        args = [arg for arg in args if arg != "--help"] or {"bench": ["decode"]}.get(script, [])
-        monkeypatch.setattr(sys, "argv", [script, *args])
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(sys, "argv", [script, *args])
         with pytest.raises(Parsed):
             importlib.import_module(script).main()
+    return found
 
-    return check
 
-
-def test_every_command_names_what_is_there(check_flags):
+def test_every_command_names_what_is_there(monkeypatch):
     from gunicorn.config import Config
     from torch.distributed.run import get_args_parser
 
     from serve import Settings
+    from train_gpt2 import TrainConfig, parse_flags
     settings = {f.name.upper() for f in dataclasses.fields(Settings)}
     seen = set()
     for where, words in commands():
@@ -106,8 +104,11 @@ def test_every_command_names_what_is_there(check_flags):
         elif program == "python":
             script = args[0].removeprefix("/app/").removesuffix(".py")  # /app: in the container
             assert script in SCRIPTS and args[0].endswith(".py"), line
+            args = [arg for arg in args[1:] if arg != "--help"] or (["decode"] if script == "bench" else [])
             try:
-                check_flags(script, args[1:])
+                read_by_its_parser(monkeypatch, script, args)
+                if script == "train_gpt2":
+                    TrainConfig(**parse_flags(args))
             except fineweb.UserError as e:
                 raise AssertionError(f"{line}\n{e}") from e
             seen.add(script)
@@ -122,16 +123,9 @@ def test_every_command_names_what_is_there(check_flags):
 def test_every_flag_in_the_text_is_one_of_ours(monkeypatch):
     from torch.distributed.run import get_args_parser
     found = set()
-
-    def parse_args(parser, args=None, namespace=None):
-        found.update(parser._option_string_actions)
-        raise Parsed
-
-    monkeypatch.setattr(fineweb.ArgumentParser, "parse_args", parse_args)
     for script in SCRIPTS:
-        monkeypatch.setattr(sys, "argv", [script])
-        with pytest.raises(Parsed):
-            importlib.import_module(script).main()
+        parser, _ = read_by_its_parser(monkeypatch, script, ["decode"] if script == "bench" else [])
+        found.update(parser._option_string_actions)
     found.update(get_args_parser()._option_string_actions)
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`(--[^`\n]+)`", text):
