@@ -94,7 +94,7 @@ def hosts(tmp_path, data_root):
             ip("netns", "delete", host.name)
 
 
-def wait_for(what, hosts, seconds=60):
+def wait_for(what, hosts, seconds=120):
     end = time.monotonic() + seconds
     while not what():
         outputs = "\n".join(f"--- {host.name}\n{host.output.read_text()[-3000:]}" for host in hosts)

@@ -137,6 +137,9 @@ def test_every_flag_in_the_text_is_one_of_ours(monkeypatch):
 def test_every_file_in_the_text_is_there():
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert anchors >= set(re.findall(r"\]\(#([^)]+)\)", README))
     tree = next(block for block in blocks("") if block.startswith("fineweb.py "))
     for line in tree.splitlines():
         assert (ROOT / line.split("  ")[0]).exists(), line
