@@ -33,7 +33,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -495,12 +494,6 @@ def resolve_dtype(name, device):
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
-
-
-def yield_to_others():
-    """Give this thread what time the others leave: threads that compute a product together wait for the slowest."""
-    if sys.platform == "linux":  # elsewhere priorities belong to processes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def keep_freed_memory():
@@ -1193,7 +1186,7 @@ def train(cfg, start, world=World()):
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))) if master else None
 
     # a checkpoint is written while training goes on
-    writer, writing = ThreadPoolExecutor(1, initializer=yield_to_others), None
+    writer, writing = ThreadPoolExecutor(1), None
 
     def save(state, is_last):
         try:
