@@ -9,7 +9,7 @@ $ python train_gpt2.py
 $ torchrun --standalone --nproc_per_node=8 train_gpt2.py
 $ torchrun --standalone --nproc_per_node=8 --max-restarts=3 train_gpt2.py --auto_resume
 
-On two hosts of eight, the same line on each (host 0 is at 10.0.0.1):
+On two hosts of eight, the same line on each (the first is at 10.0.0.1); to survive the loss of one: README, Several hosts
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 train_gpt2.py
 
 Stop it with Ctrl-C or SIGTERM (the step is finished and saved), and go on from where it was:
