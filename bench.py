@@ -481,7 +481,7 @@ def _tokenize(text):
 def bench_tokenize(args):
     """GPT-2 tokens a second of the Python standard library's text, from memory to uint16 arrays, without the disk."""
     enc = load_tokenizer("gpt2")
-    texts = [text for path in stdlib_files() if (text := Path(path).read_text(errors="replace")) and len(text) < 200000]
+    texts = [text for path in stdlib_files() if (text := Path(path).read_text(errors="replace")) and len(text) < 200000] * 4
     processes = os.cpu_count()
     n_tokens = sum(len(tokens) for tokens, _ in encode_stream(enc, texts, processes))
 
@@ -504,35 +504,45 @@ def bench_tokenize(args):
 # HellaSwag
 
 
-def bench_hellaswag(args):
-    """Examples a second of GPT-2 (124M), beside the plain method: each ending whole, with its context, in rows of four."""
+def hellaswag_contender(args, dtype, plain):
+    """hellaswag.py, or the plain method: each ending whole, with its context, in rows of four."""
     device = resolve_device(args.device)
+    if device.type == "cpu" and not plain:  # as hellaswag.py does
+        keep_freed_memory()
     enc = load_tokenizer("gpt2")
     examples = hellaswag.load_examples(args.hellaswag_data)[:args.examples]
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50304)).to(device).eval()
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def ours():
+        hellaswag.evaluate(model, examples, enc, autocast)
+        return len(examples)
+
+    @torch.no_grad()
+    def theirs():
+        for example in examples:
+            context, endings = hellaswag.encode(example, enc)
+            T = len(context) + max(map(len, endings))
+            idx = torch.tensor([context + e + [0] * (T - len(context) - len(e)) for e in endings], device=device)
+            with autocast:
+                logits, _ = model(idx)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
+            loss[:, len(context) - 1:].sum(1).argmin().item()
+        return len(examples)
+    return theirs if plain else ours
+
+
+def bench_hellaswag(args):
+    """Examples a second of GPT-2 (124M), random weights, beside the plain method."""
+    device = resolve_device(args.device)
+    hellaswag.load_examples(args.hellaswag_data)  # what is missing shows here
     results = {}
     for dtype in {torch.float32: 0, resolve_dtype("auto", device): 0}:
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-        def ours(autocast=autocast):
-            hellaswag.evaluate(model, examples, enc, autocast)
-            return len(examples)
-
-        @torch.no_grad()
-        def plain(autocast=autocast):
-            for example in examples:
-                context, endings = hellaswag.encode(example, enc)
-                T = len(context) + max(map(len, endings))
-                idx = torch.tensor([context + e + [0] * (T - len(context) - len(e)) for e in endings], device=device)
-                with autocast:
-                    logits, _ = model(idx)
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
-                loss[:, len(context) - 1:].sum(1).argmin().item()
-            return len(examples)
-
-        title = f"HellaSwag, {len(examples)} examples, {str(dtype).removeprefix('torch.')}, {device.type}"
-        results[title] = take_turns({"hellaswag.py": ours, "the plain method": plain}, args.rounds, "ex")
+        with apart(**{"hellaswag.py": (hellaswag_contender, args, dtype, False),
+                      "the plain method": (hellaswag_contender, args, dtype, True)}) as works:
+            title = f"HellaSwag, {args.examples} examples, {str(dtype).removeprefix('torch.')}, {device.type}"
+            results[title] = take_turns(works, args.rounds, "ex")
         show(title, results[title])
     return results
 
@@ -621,20 +631,27 @@ def bench_start(args):
 
 def growth_point(args, n_layer, B, T):
     """Seconds and peak bytes of a training step, measured in a process of its own."""
-    import resource
     args.batch_size, args.block_size = B, T
     preset = {**PRESETS[args.preset], "n_layer": n_layer}
     PRESETS[args.preset] = preset
     step = training_ours(args, False)
-    step()
+    step(), step()  # the memory of the second is still fresh
     t0 = time.perf_counter()
     for _ in range(args.rounds):
         step()
     seconds = (time.perf_counter() - t0) / args.rounds
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
     return lambda: (seconds, peak)
+
+
+def peak_memory():
+    """Bytes this process has had in memory at most."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):  # no Linux; there ru_maxrss would begin with what the parent had
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bench_growth(args):

@@ -222,7 +222,7 @@ def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_t
 
 
 def main():
-    from train_gpt2 import distributed, load_checkpoint, resolve_device, resolve_dtype, restore_model
+    from train_gpt2 import distributed, keep_freed_memory, load_checkpoint, resolve_device, resolve_dtype, restore_model
 
     parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group()
@@ -241,6 +241,8 @@ def main():
     with distributed() as world:
         device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
         dtype = resolve_dtype(args.dtype, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         checkpoint = load_checkpoint(args.checkpoint_path or args.model_type)
         model, tokenizer = restore_model(checkpoint), load_tokenizer(checkpoint["tokenizer"])
         if tokenizer.n_vocab > model.config.vocab_size:
