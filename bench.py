@@ -324,28 +324,34 @@ def profile(work):
 # decoding
 
 
-def bench_decode(args):
-    """Tokens a second of `streams` sequences of `length` new tokens each, sampled with top_k 50 at temperature 1."""
+def gpt2_to_decode(args):
+    """Device, dtype and GPT-2 (124M) with random weights, as the flags ask for it."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+        return device, dtype, GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+
+
+def engine_alone(model, prompts, length, compile=False, stop_token=None):
+    """inference.py's engine, a slot for each of the prompts."""
+    engine = Engine(model, len(prompts), n_vocab=50257, stop_token=stop_token, compile=compile, say=say)
+
+    def work():
+        requests = [engine.submit(prompt, max_length=length, top_k=50, seed=i) for i, prompt in enumerate(prompts)]
+        while engine.step():
+            pass
+        return sum(len(r.tokens) for r in requests)
+    return work
+
+
+def bench_decode(args):
+    """Tokens a second of `streams` sequences of `length` new tokens each, sampled with top_k 50 at temperature 1."""
+    device, dtype, model = gpt2_to_decode(args)
     prompt = torch.randint(50257, (16,)).tolist()
     peer = peer_classes(args.peer, ("GPT", "GPTConfig")) if args.peer else None
     if not hasattr(getattr(peer, "GPT", None), "generate"):  # build-nanogpt has none
         peer = None
-
-    def ours(streams, compile=False):
-        engine = Engine(model, streams, n_vocab=50257, compile=compile, say=say)
-
-        def work():
-            for i in range(streams):
-                engine.submit(prompt, max_length=args.length, top_k=50, seed=i)
-            while engine.step():
-                pass
-            return streams * args.length
-        return work
 
     def transformers(streams):
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -382,9 +388,9 @@ def bench_decode(args):
     results = {}
     for streams in args.streams:
         contenders = {"weights read once a token": read_weights()} if streams == 1 else {}
-        contenders["inference.py"] = ours(streams)
+        contenders["inference.py"] = engine_alone(model, [prompt] * streams, args.length)
         if args.compile:
-            contenders["inference.py --compile"] = ours(streams, compile=True)
+            contenders["inference.py --compile"] = engine_alone(model, [prompt] * streams, args.length, compile=True)
         contenders["nanoGPT" if peer else "transformers"] = (nanogpt if peer else transformers)(streams)
         title = f"{streams} x {args.length} tokens, {str(dtype).removeprefix('torch.')}, {device.type}"
         results[title] = take_turns(contenders, args.rounds, "tok")
@@ -398,24 +404,10 @@ def bench_decode(args):
 
 def bench_serve(args):
     """Tokens a second that as many clients as `streams` get together from serve.py, answers whole and streamed."""
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        model = GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+    device, dtype, model = gpt2_to_decode(args)
     prompts = torch.randint(50257, (max(args.streams), 16)).tolist()  # a different one each: nobody's is read for another
     pairs = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
     tokenizer = make_encoding("bpe", {token: i for i, token in enumerate(pairs)})  # as many tokens as GPT-2's, offline
-
-    def engine(streams):
-        engine = Engine(model, streams, n_vocab=50257, stop_token=50256, compile=args.compile)
-
-        def work():
-            requests = [engine.submit(prompts[i], max_length=args.length, top_k=50, seed=i) for i in range(streams)]
-            while engine.step():
-                pass
-            return sum(len(r.tokens) for r in requests)
-        return work
 
     def ask(port, i, stream):
         body = dict(prompt=prompts[i], max_tokens=args.length, top_k=50, seed=i, stream=stream,
@@ -452,7 +444,9 @@ def bench_serve(args):
                 title = f"{n} clients x {args.length} tokens, {str(dtype).removeprefix('torch.')}, {device.type}"
                 results[title] = take_turns({"serve.py": clients(port, n, False),
                                              "serve.py, streamed": clients(port, n, True),
-                                             "inference.py without HTTP": engine(n)}, args.rounds, "tok")
+                                             "inference.py without HTTP": engine_alone(
+                                                 model, prompts[:n], args.length, args.compile, stop_token=50256)},
+                                            args.rounds, "tok")
                 show(title, results[title])
         finally:
             server.terminate()
