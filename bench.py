@@ -215,8 +215,7 @@ def training_ours(args, compile):
     T = config.block_size
     cfg = TrainConfig(block_size=T, batch_size=B, total_batch_size=B * T * micro_steps, n_layer=config.n_layer,
                       n_head=config.n_head, n_embd=config.n_embd, warmup_steps=0)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     raw_model = GPT(config).to(device)
@@ -501,8 +500,8 @@ def bench_tokenize(args):
 def hellaswag_contender(args, dtype, plain):
     """hellaswag.py, or the plain method: each ending whole, with its context, in rows of four."""
     device = resolve_device(args.device)
-    if device.type == "cpu" and not plain:  # as hellaswag.py does
-        keep_freed_memory()
+    if not plain:  # as hellaswag.py does
+        keep_freed_memory(device)
     enc = load_tokenizer("gpt2")
     examples = hellaswag.load_examples(args.hellaswag_data)[:args.examples]
     torch.manual_seed(0)

@@ -241,8 +241,7 @@ def main():
     with distributed() as world:
         device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
         dtype = resolve_dtype(args.dtype, device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         checkpoint = load_checkpoint(args.checkpoint_path or args.model_type)
         model, tokenizer = restore_model(checkpoint), load_tokenizer(checkpoint["tokenizer"])
         if tokenizer.n_vocab > model.config.vocab_size:
