@@ -21,6 +21,7 @@ RUN if [ "$TORCH" = cpu ]; then \
     && pip install --no-cache-dir -r requirements.txt
 
 COPY *.py LICENSE ./
+COPY gptlib gptlib
 
 # USER: torch names its cache by it, also where --user gives a number that /etc/passwd doesn't know
 # hadolint ignore=DL3064

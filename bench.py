@@ -40,12 +40,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import hellaswag
-from fineweb import (ArgumentParser, UserError, atomic_write, encode_stream, load_tokenizer, make_encoding, prepare,
-                     run_main, stdlib_files, tokenizer_to_dict)
-from inference import Engine
-from train_gpt2 import (GPT, PEAK_TFLOPS, PRESETS, GPTConfig, TokenLoader, TrainConfig, compile_model, configure_optimizers,
-                        copy_to_host, keep_freed_memory, resolve_device, resolve_dtype, save_checkpoint, take_step)
+from fineweb import encode_stream, prepare
+from gptlib.common import ArgumentParser, UserError, atomic_write, run_main
+from gptlib.sources import stdlib_files
+from gptlib.tokenizer import load_tokenizer, make_encoding, tokenizer_to_dict
+from gptlib.engine import Engine
+from gptlib.checkpoint import copy_to_host, save_checkpoint
+from gptlib.loader import TokenLoader
+from gptlib.runtime import PEAK_TFLOPS, compile_model, keep_freed_memory, resolve_device, resolve_dtype
+from train_gpt2 import GPT, GPTConfig, PRESETS, TrainConfig, configure_optimizers, take_step
+from gptlib import scoring
 
 HERE = Path(__file__).resolve().parent
 
@@ -219,7 +223,7 @@ def training_ours(args, compile):
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     raw_model = GPT(config).to(device)
-    model = compile_model(raw_model, device, say) if compile else raw_model
+    model = compile_model(raw_model, device) if compile else raw_model
     optimizers = configure_optimizers(raw_model, cfg, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -334,7 +338,7 @@ def gpt2_to_decode(args):
 
 def engine_alone(model, prompts, length, compile=False, stop_token=None):
     """inference.py's engine, a slot for each of the prompts."""
-    engine = Engine(model, len(prompts), n_vocab=50257, stop_token=stop_token, compile=compile, say=say)
+    engine = Engine(model, len(prompts), n_vocab=50257, stop_token=stop_token, compile=compile)
 
     def work():
         requests = [engine.submit(prompt, max_length=length, top_k=50, seed=i) for i, prompt in enumerate(prompts)]
@@ -503,19 +507,19 @@ def hellaswag_contender(args, dtype, plain):
     if not plain:  # as hellaswag.py does
         keep_freed_memory(device)
     enc = load_tokenizer("gpt2")
-    examples = hellaswag.load_examples(args.hellaswag_data)[:args.examples]
+    examples = scoring.load_examples(args.hellaswag_data)[:args.examples]
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50304)).to(device).eval()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def ours():
-        hellaswag.evaluate(model, examples, enc, autocast)
+        scoring.evaluate(model, examples, enc, autocast)
         return len(examples)
 
     @torch.no_grad()
     def theirs():
         for example in examples:
-            context, endings = hellaswag.encode(example, enc)
+            context, endings = scoring.encode(example, enc)
             T = len(context) + max(map(len, endings))
             idx = torch.tensor([context + e + [0] * (T - len(context) - len(e)) for e in endings], device=device)
             with autocast:
@@ -529,7 +533,7 @@ def hellaswag_contender(args, dtype, plain):
 def bench_hellaswag(args):
     """Examples a second of GPT-2 (124M), random weights, beside the plain method."""
     device = resolve_device(args.device)
-    hellaswag.load_examples(args.hellaswag_data)  # what is missing shows here
+    scoring.load_examples(args.hellaswag_data)  # what is missing shows here
     results = {}
     for dtype in {torch.float32: 0, resolve_dtype("auto", device): 0}:
         with apart(**{"hellaswag.py": (hellaswag_contender, args, dtype, False),

@@ -18,13 +18,10 @@ $ gunicorn serve:app --worker-class gthread --workers 1 --threads 80 --timeout 0
 Ctrl-C or SIGTERM: new requests get 503, those in flight are finished, exit code 0. A second one exits at once.
 """
 
-import atexit
 import dataclasses
 import hmac
 import json
-import math
 import os
-import random
 import signal
 import socket
 import sys
@@ -34,15 +31,12 @@ import traceback
 import uuid
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
 
-import torch
-
-from fineweb import ArgumentParser, UserError, run_main
-from inference import DEFAULT_CHECKPOINT, Engine, TextStream, load_model_from_checkpoint
-from train_gpt2 import flag
-
-VERSION = "1.0.0"
+from gptlib.api import VERSION, ApiError, openapi, parse_body, request_models
+from gptlib.common import ArgumentParser, UserError, run_main
+from gptlib.config import add_flags, check_settings, read_environment, setting
+from gptlib.service import Service, say
+from inference import DEFAULT_CHECKPOINT, load_model_from_checkpoint
 
 # -----------------------------------------------------------------------------
 # settings: one dataclass makes the environment variables, the flags, their checks and the README's table
@@ -50,256 +44,35 @@ VERSION = "1.0.0"
 
 @dataclasses.dataclass
 class Settings:
-    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 is every one this machine has")
-    port: int = flag(5000, "0 takes a free one", 0, 65535)
-    model_checkpoint: str = flag(DEFAULT_CHECKPOINT, "a file, a Hugging Face directory or a GPT-2 name")
-    model_name: str = flag("", "what clients call the model (default: the checkpoint's name)")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = flag("auto", "of the weights", choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = flag(False, "torch.compile the decode step: a slower start, then faster")
-    api_key: str = flag("", "what clients have to show, but for /health and the page (default: nothing)")
-    rate_limit: str = flag("", 'requests for text from one address, as "60 per minute" or "5/second" (default: any)')
-    max_length_limit: int = flag(1024, "new tokens a sequence at most", 1)
-    max_prompt_length: int = flag(32768, "characters, or token ids, of a prompt at most", 1)
-    max_body_size: int = flag(1048576, "bytes of a request's body at most", 1)
-    slots: int = flag(8, "sequences that are continued at a time", 1, 1024)
-    queue_size: int = flag(64, "sequences that may wait for a slot; more are refused with 429", 0, 10000)
-    request_timeout: float = flag(300.0, "seconds until a request that is not done gets 504", 0.01)
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every one this machine has")
+    port: int = setting(5000, "0 takes a free one", 0, 65535)
+    model_checkpoint: str = setting(DEFAULT_CHECKPOINT, "a file, a Hugging Face directory or a GPT-2 name")
+    model_name: str = setting("", "what clients call the model (default: the checkpoint's name)")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("auto", "of the weights", choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = setting(False, "torch.compile the decode step: a slower start, then faster")
+    api_key: str = setting("", "what clients have to show, but for /health and the page (default: nothing)")
+    rate_limit: str = setting("", 'requests for text from one address, as "60 per minute" or "5/second" (default: any)')
+    max_length_limit: int = setting(1024, "new tokens a sequence at most", 1)
+    max_prompt_length: int = setting(32768, "characters, or token ids, of a prompt at most", 1)
+    max_body_size: int = setting(1048576, "bytes of a request's body at most", 1)
+    slots: int = setting(8, "sequences that are continued at a time", 1, 1024)
+    queue_size: int = setting(64, "sequences that may wait for a slot; more are refused with 429", 0, 10000)
+    request_timeout: float = setting(300.0, "seconds until a request that is not done gets 504", 0.01)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
-            if low is not None and not low <= value <= (math.inf if high is None else high):
-                raise UserError(f"{f.name.upper()} is {value}: expected "
-                                + (f"at least {low}" if high is None else f"{low} to {high}"))
-            if choices and value not in choices:
-                raise UserError(f"{f.name.upper()} is {value!r}: choose one of {', '.join(choices)}")
+        check_settings(self, str.upper)
 
 
 def read_settings(argv=(), env=None):
     """Settings from the environment and, over them, from flags. Raises UserError for what can't be one."""
-    def convert(f, text):
-        try:
-            return dict(true=True, false=False)[{"1": "true", "0": "false"}.get(text.lower(), text.lower())] \
-                if f.type is bool else f.type(text)
-        except (KeyError, ValueError):
-            kind = {int: "a whole number", float: "a number", bool: "true or false"}[f.type]
-            raise UserError(f"{f.name.upper()} is {text!r}: expected {kind}") from None
-
-    env = os.environ if env is None else env
     parser = ArgumentParser(__doc__)
-    for f in dataclasses.fields(Settings):
-        default = "" if f.default == "" else f" (default: {f.default})"
-        parser.add_argument(f"--{f.name}", metavar=f.name.upper(), default=env.get(f.name.upper()) or None,
-                            help=(f.metadata["help"] + default).replace("%", "%%"))
-    given = vars(parser.parse_args(list(argv)))
-    return Settings(**{f.name: convert(f, given[f.name]) for f in dataclasses.fields(Settings) if given[f.name] is not None})
+    add_flags(parser, Settings)
+    flags = vars(parser.parse_args(list(argv)))
+    return Settings(**{**read_environment(Settings, os.environ if env is None else env), **flags})
 
 
-# -----------------------------------------------------------------------------
-# the service: one thread has the model, those of the requests wait
-
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-class ApiError(Exception):
-    """What a client is told in the place of an answer."""
-
-    def __init__(self, status, message, field=None, code=None, retry_after=None):
-        super().__init__(message)
-        self.status, self.message, self.field, self.code, self.retry_after = status, message, field, code, retry_after
-
-    def body(self):
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
-        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return dict(error=dict(message=self.message, type=kind, param=self.field, code=self.code))
-
-
-class Metrics:
-    """What /metrics tells."""
-
-    def __init__(self, service):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
-        disable_created_metrics()
-        seconds = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-        self.registry = r = CollectorRegistry()
-        ProcessCollector(registry=r)
-        self.requests = Counter("gpt2_http_requests_total", "HTTP requests answered", ["route", "code"], registry=r)
-        self.latency = Histogram("gpt2_http_request_duration_seconds", "From a request to the end of its answer", ["route"],
-                                 registry=r, buckets=seconds)
-        self.first_token = Histogram("gpt2_time_to_first_token_seconds", "From a request to its first token", registry=r,
-                                     buckets=seconds)
-        self.sequences = Counter("gpt2_sequences_total", "Sequences that have ended, by how", ["finish_reason"], registry=r)
-        self.prompt_tokens = Counter("gpt2_prompt_tokens_total", "Tokens of prompts, once a sequence", registry=r)
-        self.tokens = Counter("gpt2_generated_tokens_total", "Tokens generated", registry=r)
-        for name, help, value in (
-                ("gpt2_slots", "Sequences that can be continued at a time", lambda: service.settings.slots),
-                ("gpt2_slots_in_use", "Sequences that are being continued", lambda: service.load()[0]),
-                ("gpt2_queue_sequences", "Sequences that wait for a slot", lambda: service.load()[1])):
-            Gauge(name, help, registry=r).set_function(value)
-
-
-class Job:
-    """What one HTTP request wants: sequences that are admitted, timed and let go together."""
-
-    def __init__(self, service, requests, stop, gone):
-        self.service, self.requests, self.gone = service, requests, gone
-        self.streams = [TextStream(r, service.tokenizer, stop) for r in requests]
-        self.start, self.waits = time.monotonic(), True  # for its first token
-
-    def pieces(self):
-        """(index, text) of its sequences, a piece of each in turn as they come, and (index, None) where one has ended."""
-        going = dict(enumerate(map(iter, self.streams)))
-        while going:
-            for i in list(going):
-                piece = next(going[i], None)
-                if piece is None:
-                    del going[i]
-                    self.check(self.requests[i])
-                yield i, piece
-
-    def check(self, request):
-        """Raise what an end means that is not one of the text."""
-        if request.finish_reason == "cancelled":
-            raise ApiError(499, "the client has gone")  # for the metrics: nobody reads it
-        if request.finish_reason == "timeout":
-            raise ApiError(504, f"not done within {self.service.settings.request_timeout:g} seconds (REQUEST_TIMEOUT)")
-        if request.finish_reason not in ("stop", "length"):
-            raise ApiError(500, "the model failed on this request; the server's log says why")
-
-    def note_first_token(self):
-        if self.waits and any(r.tokens for r in self.requests):
-            self.waits = False
-            self.service.metrics.first_token.observe(time.monotonic() - self.start)
-
-    def close(self):
-        """Give back what it holds; to be called at its end, whatever that is, and as often as one likes."""
-        with self.service.lock:
-            if self not in self.service.jobs:
-                return
-            self.service.jobs.remove(self)
-        self.note_first_token()  # where it has ended before the engine looked again
-        for request in self.requests:
-            request.cancel()
-            if request.error:
-                traceback.print_exception(request.error)
-            self.service.metrics.sequences.labels(request.finish_reason).inc()
-            self.service.metrics.tokens.inc(len(request.tokens))
-        self.service.wake.set()
-
-
-class Service:
-    """The model, the thread that owns it, and the jobs it has. status: loading, failed, healthy, draining or closed."""
-
-    def __init__(self, settings):
-        self.settings, self.status, self.error = settings, "loading", None
-        self.model = self.tokenizer = self.engine = None
-        self.jobs, self.lock = set(), threading.Lock()
-        self.wake = threading.Event()  # there is something to do for the engine's thread
-        self.over = threading.Event()  # there is something to do for main()
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.created = int(time.time())
-        self.metrics = Metrics(self)
-
-    def start(self):
-        self.thread.start()
-        atexit.register(self.close)  # a thread inside torch must not be there when the interpreter goes
-        return self
-
-    def close(self):
-        self.status = "closed"
-        self.wake.set()
-        if self.thread.is_alive():
-            self.thread.join(timeout=10)
-
-    def _run(self):
-        try:
-            self._load()
-        except Exception as error:
-            self.status, self.error = "failed", error
-            say(f"error: {error}")
-            self.over.set()
-            return
-        with self.lock:
-            ready = self.status == "loading"
-            self.status = "healthy" if ready else self.status
-        if ready:
-            say("serving {model}: {parameters:,} parameters, {device}, {dtype}".format(**self.about))
-        while self.status != "closed":
-            self.wake.clear()
-            try:
-                self._look_after()
-                busy = self.engine.step()
-            except Exception as error:  # nobody's in particular: those in slots are lost, those that wait are not
-                traceback.print_exception(error)
-                self.engine.abort(error)
-                busy = True
-            if not busy:
-                self.wake.wait()
-
-    def _load(self):
-        settings = self.settings
-        model = load_model_from_checkpoint(settings.model_checkpoint, settings.device, settings.dtype)
-        parameters = sum(p.numel() for p in model.parameters())
-        if parameters < 10**7:
-            torch.set_num_threads(1)  # a step of a small model is over before a second thread has woken
-        tokenizer = model.tokenizer
-        engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token, settings.compile, say)
-        engine.warm_up()
-        name = Path(settings.model_checkpoint).resolve().stem  # latest_checkpoint.pt is a link to the one it is
-        self.name = settings.model_name or name
-        weight = model.lm_head.weight
-        self.about = dict(model=self.name, step=model.step, parameters=parameters, context=model.config.block_size,
-                          device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."),
-                          sample_prompt=model.sample_prompt)
-        self.model, self.tokenizer, self.engine = model, tokenizer, engine
-
-    def _look_after(self):
-        """Between two tokens: note who has got the first, let go of those that nobody waits for."""
-        now = time.monotonic()
-        for job in list(self.jobs):
-            job.note_first_token()
-            late = now - job.start > self.settings.request_timeout
-            if late or job.gone():
-                for request in job.requests:
-                    request.cancel("timeout" if late else "cancelled")
-
-    def load(self):
-        """How many sequences have a slot, and how many wait."""
-        return (len(self.engine.live), len(self.engine.waiting)) if self.engine else (0, 0)
-
-    def check_open(self):
-        if self.status == "loading":
-            raise ApiError(503, "the model is still being loaded, try again in a moment", retry_after=2)
-        if self.status != "healthy":
-            raise ApiError(503, f"this server takes no more requests, it is {self.status}", retry_after=10)
-
-    def submit(self, prompts, field, stop, gone, seed, **how):
-        """Queue prompts, lists of token ids; the Job. Raises ApiError 400, 429 and 503."""
-        room = self.settings.slots + self.settings.queue_size
-        if len(prompts) > room:
-            raise ApiError(400, f"{field} makes {len(prompts)} sequences: at most {room} are taken at once", field)
-        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-        with self.lock:
-            self.check_open()
-            if sum(len(job.requests) for job in self.jobs) + len(prompts) > room:
-                raise ApiError(429, "all slots are taken and the queue is full, try again in a moment", code="queue_full",
-                               retry_after=1)
-            requests = [self.engine.submit(prompt, seed=seed + i, **how) for i, prompt in enumerate(prompts)]
-            job = Job(self, requests, stop, gone)
-            self.jobs.add(job)
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
-        self.wake.set()
-        return job
-
-    def drain(self):
-        """Refuse what is new and wait for what is there."""
-        with self.lock:
-            self.status = "draining"
-        while self.jobs:
-            time.sleep(0.02)
+PAGE = Path(__file__).resolve().parent / "gptlib" / "page"
 
 
 def client_gone(environ):
@@ -317,118 +90,12 @@ def client_gone(environ):
 
 
 # -----------------------------------------------------------------------------
-# what requests look like
-
-
-def request_models(settings):
-    """The bodies of /generate and /v1/completions as pydantic models; a field's description says what is expected."""
-    from pydantic import BaseModel, ConfigDict, Field
-    limit, room, chars = settings.max_length_limit, settings.slots + settings.queue_size, settings.max_prompt_length
-
-    def whole(default, low, high, note=""):
-        return Field(default, ge=low, le=high, description=f"a whole number from {low} to {high}{note}")
-
-    def temperature_from(default):
-        return Field(default, ge=0, le=2, description="a number from 0 (greedy) to 2")
-
-    def top_k_from(default):
-        return whole(default, 1, 10**6, ": draw from the k likeliest tokens; null: from all")
-
-    def unsupported(value):
-        return Field(None, description=f"not offered here: leave it out, or give {value}")
-
-    StopText = Annotated[str, Field(min_length=1, max_length=200)]
-
-    class Body(BaseModel):
-        model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    class Sampling(Body):
-        top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and up to 1: draw from the likeliest "
-                                    "tokens of this mass; null: from all")
-        seed: int | None = whole(None, 0, 2**63 - 1, "; the next sample has the next")
-        stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(
-            None, description="a text of 1 to 200 characters, or up to 4 of them, that ends the continuation")
-        stream: bool | None = Field(False, description="true or false; true sends server-sent events")
-
-    class Generate(Sampling):
-        prompt: str = Field(max_length=chars, description=f"a text of at most {chars} characters")
-        max_length: int = whole(min(100, limit), 1, limit, ", the most tokens to add")
-        temperature: float = temperature_from(0.8)
-        top_k: int | None = top_k_from(50)
-        num_samples: int = whole(1, 1, room)
-
-    class StreamOptions(Body):
-        include_usage: bool | None = None
-
-    class Completion(Sampling):
-        model: str | None = Field(None, max_length=500, description="the name that /v1/models tells")
-        prompt: str | list[str] | list[int] | list[list[int]] = Field(
-            max_length=chars, description=f"a text of at most {chars} characters, as many token ids, or a list of such")
-        max_tokens: int | None = whole(min(16, limit), 1, limit, ", the most tokens to add")
-        temperature: float | None = temperature_from(1.0)
-        top_k: int | None = top_k_from(None)
-        n: int | None = whole(1, 1, room)
-        stream_options: StreamOptions | None = Field(None, description='{"include_usage": true} or null')
-        echo: bool | None = Field(False, description="true or false; true begins with the prompt")
-        user: str | None = Field(None, max_length=500, description="a text of at most 500 characters, not looked at")
-        best_of: Literal[1] | None = unsupported(1)
-        logprobs: None = unsupported("null")
-        suffix: None = unsupported("null")
-        logit_bias: None = unsupported("null")
-        presence_penalty: Literal[0] | None = unsupported(0)
-        frequency_penalty: Literal[0] | None = unsupported(0)
-
-    return Generate, Completion
-
-
-def parse_body(model, data):
-    """The body of a request as the pydantic model. Raises ApiError 400 that names the field and what is expected there."""
-    from pydantic import ValidationError
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as e:
-        error = e.errors(include_url=False)[0]
-    field = ".".join(map(str, error["loc"][:1]))
-    if not field:
-        wrong = "is not valid JSON" if error["type"] == "json_invalid" else "is not a JSON object"
-        raise ApiError(400, f"the body {wrong}: {error['msg'].removeprefix('Invalid JSON: ')}")
-    if field not in model.model_fields:
-        raise ApiError(400, f"unknown field {field[:50]!r}: expected {', '.join(model.model_fields)}", field[:50])
-    found = "missing" if error["type"] == "missing" else json.dumps(error["input"])
-    found = found if len(found) <= 60 else found[:57] + "..."
-    raise ApiError(400, f"{field} is {found}: expected {model.model_fields[field].description}", field)
-
-
-def openapi(models):
-    """The OpenAPI description: the bodies in full, the other routes by name."""
-    from pydantic.json_schema import models_json_schema
-    _, schemas = models_json_schema([(m, "validation") for m in models], ref_template="#/components/schemas/{model}")
-    answers = {str(code): dict(description=text) for code, text in {
-        200: "JSON, or server-sent events where stream is true", 400: "malformed or out of range", 401: "API key",
-        404: "no such model", 413: "body too large", 415: "not JSON", 429: "queue full, or rate limit: see Retry-After",
-        500: "failed", 503: "loading or draining", 504: "not done in time"}.items()}
-
-    def post(summary, model):
-        body = {"application/json": dict(schema={"$ref": f"#/components/schemas/{model.__name__}"})}
-        return dict(post=dict(summary=summary, requestBody=dict(required=True, content=body), responses=answers))
-
-    def get(summary):
-        return dict(get=dict(summary=summary, responses={"200": dict(description=summary)}))
-
-    generate, completion = models
-    return dict(openapi="3.1.0", info=dict(title="GPT-2", version=VERSION), security=[{}, dict(key=[])], paths={
-        "/generate": post("Continue a text", generate), "/v1/completions": post("OpenAI's completions", completion),
-        "/v1/models": get("The model"), "/health": get("State of the server"), "/metrics": get("Prometheus")},
-        components=dict(schemas=schemas["$defs"], securitySchemes=dict(key=dict(type="http", scheme="bearer"))))
-
-
-# -----------------------------------------------------------------------------
 # the app
 
 
 def create_app(settings=None):
     """The Flask app. Its service, app.extensions["service"], has yet to be started."""
-    from flask import Flask, Response, jsonify, request
+    from flask import Flask, Response, jsonify, request, send_from_directory
     from flask_limiter import Limiter
     from flask_limiter.util import get_remote_address
     from limits import parse_many
@@ -436,7 +103,7 @@ def create_app(settings=None):
     from werkzeug.exceptions import HTTPException
 
     settings = settings or read_settings()
-    service = Service(settings)
+    service = Service(settings, load_model_from_checkpoint)
     Generate, Completion = models = request_models(settings)
     app = Flask(__name__, static_folder=None)
     app.extensions["service"] = service
@@ -446,7 +113,7 @@ def create_app(settings=None):
     @app.before_request
     def check_key():
         request.environ["serve.start"] = time.monotonic()
-        if settings.api_key and request.endpoint not in ("page", "health"):
+        if settings.api_key and request.endpoint not in ("page", "page_style", "page_script", "health"):
             shown = request.headers.get("X-API-Key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(shown.encode("latin-1", "replace"), settings.api_key.encode()):
                 raise ApiError(401, "the API key is missing or wrong: expected Authorization: Bearer KEY, or X-API-Key: KEY",
@@ -625,11 +292,24 @@ def create_app(settings=None):
     def description():
         return jsonify(openapi(models))
 
+    def page_file(name):
+        response = send_from_directory(PAGE, name)
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'none'; connect-src 'self'; style-src 'self'; script-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        return response
+
     @app.get("/")
     def page():
-        return Response(PAGE, mimetype="text/html", headers={"Content-Security-Policy": (
-            "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")})
+        return page_file("index.html")
+
+    @app.get("/page.css")
+    def page_style():
+        return page_file("page.css")
+
+    @app.get("/page.js")
+    def page_script():
+        return page_file("page.js")
 
     return app
 
@@ -703,95 +383,6 @@ def main():
         time.sleep(0.02)
     server.task_dispatcher.shutdown()
 
-
-# -----------------------------------------------------------------------------
-# the page
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>GPT-2</title><link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; --bg: #fbfaf8; --fg: #1d1c1a; --dim: #6d6962; --line: #dcd8d0; --box: #fff; --go: #1f5fbf }
-@media (prefers-color-scheme: dark) {
-  :root { --bg: #16171a; --fg: #e9e7e3; --dim: #a09c95; --line: #34363b; --box: #1e2024; --go: #8ab4f8 } }
-* { box-sizing: border-box } body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui }
-main { max-width: 46rem; margin: 0 auto; padding: 1.2rem 1rem 3rem } h1 { font-size: 1.3rem; margin: 0 }
-#about, #status { color: var(--dim); font-size: .85rem; margin: 0 0 1rem; min-height: 1.3em; overflow-wrap: anywhere }
-textarea, input[type=number], input[type=password], #text { width: 100%; padding: .6rem .7rem; font: inherit; color: inherit;
-  background: var(--box); border: 1px solid var(--line); border-radius: 8px } textarea { min-height: 6rem; resize: vertical }
-.knobs { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem 1.2rem; margin: .9rem 0 }
-[hidden] { display: none !important }
-label { font-size: .85rem; color: var(--dim); display: block } output { float: right; color: var(--fg) }
-input[type=range] { width: 100%; accent-color: var(--go) } button { font: inherit; padding: .5rem 1.3rem; border-radius: 8px;
-  border: 1px solid var(--go); background: var(--go); color: var(--bg); cursor: pointer; margin: 0 .5rem .8rem 0 }
-#stop { background: none; color: var(--go) } button:disabled { opacity: .4; cursor: default }
-#text { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 9rem }
-#text span { color: var(--dim) } .bad { color: #c62828 !important } :focus-visible { outline: 2px solid var(--go) }
-</style></head><body><main>
-<h1>GPT-2</h1><p id="about">looking for the model ...</p>
-<label for="prompt">Prompt</label><textarea id="prompt"></textarea>
-<div class="knobs">
-<label>New tokens<output></output><input id="max_length" type="range" min="1" max="1024" value="100"></label>
-<label>Temperature<output></output><input id="temperature" type="range" min="0" max="2" step="0.05" value="0.8"></label>
-<label>Top k (0: off)<output></output><input id="top_k" type="range" min="0" max="200" value="50"></label>
-<label>Top p<output></output><input id="top_p" type="range" min="0.05" max="1" step="0.05" value="1"></label>
-<label>Seed<input id="seed" type="number" min="0" placeholder="a new one"></label>
-<label id="keybox" hidden>API key<input id="key" type="password" autocomplete="off"></label></div>
-<button id="go">Generate</button><button id="stop" disabled>Stop</button>
-<p id="status" role="status"></p><div id="text" aria-label="Generated text"></div>
-</main><script>
-"use strict";
-const $ = id => document.getElementById(id), tell = (text, bad) => {
-  $("status").textContent = text; $("status").classList.toggle("bad", !!bad) };
-for (const knob of document.querySelectorAll("input[type=range]"))
-  (knob.oninput = () => knob.previousElementSibling.textContent = knob.value)();
-
-async function look() {  // what is loaded, and what it needs
-  const health = await (await fetch("health")).json().catch(() => ({status: "out of reach"}));
-  $("keybox").hidden = !health.key_required;
-  if (!health.model) { $("about").textContent = "the model is " + health.status; return setTimeout(look, 1000); }
-  if (!$("prompt").value) $("prompt").value = health.sample_prompt;
-  const at = health.step === null ? "" : ` at step ${health.step.toLocaleString("en")}`;
-  $("about").textContent = `${health.model}${at}, ${(health.parameters / 1e6).toPrecision(3)}M parameters, context of `
-    + `${health.context} tokens, on ${health.device} in ${health.dtype}`;
-  $("max_length").max = health.max_length_limit; $("max_length").oninput();
-}
-look().catch(() => { $("about").textContent = "the server is out of reach" });
-
-let running = null;
-async function generate() {
-  running = new AbortController();
-  $("go").disabled = true; $("stop").disabled = false;
-  const body = {prompt: $("prompt").value, max_length: +$("max_length").value, temperature: +$("temperature").value,
-    top_k: +$("top_k").value || null, top_p: +$("top_p").value, stream: true};
-  if ($("seed").value) body.seed = +$("seed").value;
-  const headers = {"Content-Type": "application/json"};
-  if ($("key").value) headers["X-API-Key"] = $("key").value;
-  const said = document.createElement("span"), start = performance.now();
-  said.textContent = body.prompt; $("text").replaceChildren(said, ""); tell("...");
-  try {
-    const response = await fetch("generate", {method: "POST", headers, body: JSON.stringify(body), signal: running.signal});
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let held = "", part; !(part = await reader.read()).done;) {
-      const events = (held + part.value).split("\\n\\n");
-      held = events.pop();
-      for (const event of events.filter(e => e !== "data: [DONE]").map(e => JSON.parse(e.slice(6)))) {
-        if (event.error) throw new Error(event.error.message);
-        $("text").lastChild.data += event.text;
-        const n = event.tokens_generated, seconds = (performance.now() - start) / 1000;
-        if (n !== undefined) tell(`${n} tokens in ${seconds.toFixed(1)} s, ${(n / seconds).toFixed(0)} tokens/s; seed `
-          + `${event.seed}, ${event.finish_reason}`);
-      }
-    }
-  } catch (error) { error.name === "AbortError" ? tell("stopped") : tell(error.message, true); }
-  $("go").disabled = false; $("stop").disabled = true;
-}
-$("go").onclick = generate;
-$("stop").onclick = () => running.abort();
-$("prompt").onkeydown = e => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !$("go").disabled) generate() };
-</script></body></html>
-"""
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,7 +10,7 @@ import pytest
 from conftest import run
 
 import bench
-from fineweb import UserError
+from gptlib.common import UserError
 
 
 def test_ratios_are_medians_of_pairs_and_the_first_turn_does_not_count(monkeypatch):

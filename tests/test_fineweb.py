@@ -21,10 +21,18 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import fineweb  # noqa: E402
-from fineweb import EOT, UserError, list_shards, load_tokenizer, open_shard, prepare, read_meta  # noqa: E402
+
+
+from conftest import ROOT
+
+import fineweb
+from fineweb import prepare
+from gptlib.common import UserError
+from gptlib.dataset import list_shards, open_shard, read_meta
+from gptlib.tokenizer import EOT, load_tokenizer
+from gptlib.common import atomic_write, run_main
+from gptlib.tokenizer import tokenizer_to_dict, train_bpe
+from gptlib.sources import open_source, read_file, stdlib_files
 
 ODD = ["", "ordinary text", "it says <|endoftext|> here", "half \ud800 a pair", "中文没有空格。日本語もカタカナも。",
        "a\r\n\tb  \n\n c",
@@ -47,11 +55,11 @@ def ours(gpt2):
 
 @pytest.fixture(scope="session")
 def bpe():
-    return fineweb.train_bpe(iter([python_text(), *[clean(text) for text in ODD] * 50]), 400)
+    return train_bpe(iter([python_text(), *[clean(text) for text in ODD] * 50]), 400)
 
 
 def python_text():
-    return (ROOT / "fineweb.py").read_text()
+    return "".join((ROOT / name).read_text() for name in ("fineweb.py", "gptlib/tokenizer.py", "gptlib/sources.py"))
 
 
 def clean(text):
@@ -136,12 +144,12 @@ def test_bpe_vocabulary(bpe):
 
 def test_bpe_training_is_deterministic():
     texts = some_documents(300)
-    one, two = (fineweb.tokenizer_to_dict(fineweb.train_bpe(map(clean, texts), 600)) for _ in range(2))
+    one, two = (tokenizer_to_dict(train_bpe(map(clean, texts), 600)) for _ in range(2))
     assert one == two
 
 
 def test_tokenizer_from_dict_directory_and_file(bpe, tmp_path):
-    saved = fineweb.tokenizer_to_dict(bpe)
+    saved = tokenizer_to_dict(bpe)
     assert set(saved) == {"name", "ranks"} and isinstance(saved["ranks"], bytes)
     (tmp_path / "tokenizer.tiktoken").write_bytes(saved["ranks"])
     (tmp_path / "meta.json").write_text('{"tokenizer": "bpe"}')
@@ -151,13 +159,13 @@ def test_tokenizer_from_dict_directory_and_file(bpe, tmp_path):
     for spec in (saved, tmp_path, str(tmp_path)):
         enc = load_tokenizer(spec)
         assert enc.encode_ordinary(text) == bpe.encode_ordinary(text) and enc.eot_token == 399
-        assert fineweb.tokenizer_to_dict(enc) == saved
+        assert tokenizer_to_dict(enc) == saved
 
 
 def test_tokenizer_of_a_directory_without_meta_is_gpt2(gpt2, tmp_path):
     for spec in (tmp_path, {"name": "gpt2"}):
         enc = load_tokenizer(spec)
-        assert enc.n_vocab == 50257 and fineweb.tokenizer_to_dict(enc) == {"name": "gpt2"}
+        assert enc.n_vocab == 50257 and tokenizer_to_dict(enc) == {"name": "gpt2"}
 
 
 @pytest.mark.parametrize("spec", ["no/such/dir", {"name": "bpe", "ranks": b"!!! x\n"}, {"name": "bpe"}, {"name": "llama"}])
@@ -263,11 +271,11 @@ def test_kinds_of_files(tmp_path):
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(rows.encode()))
     pq.write_table(pa.table({"body": ["one", "zwei <|endoftext|>", None, "四"], "n": [1, 2, 3, 4]}), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.json.gz", "c.parquet"):
-        assert list(fineweb.read_file(str(tmp_path / name), "body")) == documents
+        assert list(read_file(str(tmp_path / name), "body")) == documents
     (tmp_path / "d" / "e").mkdir(parents=True)
     for i, name in enumerate(("b.md", "a.txt", "e/c.txt")):
         (tmp_path / "d" / name).write_text(documents[i])
-    _, read = fineweb.open_source("files", str(tmp_path / "d" / "**"), None, None, "text")
+    _, read = open_source("files", str(tmp_path / "d" / "**"), None, None, "text")
     assert list(read(0)) == ["zwei <|endoftext|>", "one", ""] and list(read(2)) == [""]
 
 
@@ -297,7 +305,7 @@ def test_hub_layout_in_a_local_directory(gpt2, tmp_path):
 
 
 def test_stdlib(tmp_path):
-    paths = fineweb.stdlib_files()
+    paths = stdlib_files()
     assert paths == sorted(paths) and 7e6 < sum(map(os.path.getsize, paths)) < 14e6
     names = {os.path.relpath(path, os.path.dirname(os.__file__)) for path in paths}
     assert {"json/decoder.py", "argparse.py"} <= names
@@ -310,7 +318,7 @@ def test_stdlib(tmp_path):
 
 def trained_on(monkeypatch):
     """Catch the text that the tokenizer is trained on."""
-    seen, train = [], fineweb.train_bpe
+    seen, train = [], train_bpe
     monkeypatch.setattr(fineweb, "train_bpe", lambda texts, size: train((seen.append(t) or t for t in texts), size))
     return seen
 
@@ -371,14 +379,15 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import fineweb
-write = fineweb.atomic_write
+from gptlib import common, dataset
+write = common.atomic_write
 def slow(path, content):
     write(path, content)
     print(path, flush=True)
     time.sleep(0.05)
-fineweb.atomic_write = slow
+fineweb.atomic_write = dataset.atomic_write = slow
 if __name__ == "__main__":
-    fineweb.run_main(fineweb.main)
+    common.run_main(fineweb.main)
 """
 
 
@@ -556,7 +565,7 @@ def test_full_disk(tmp_path):
 
 def test_atomic_write_keeps_what_was_there(tmp_path):
     path = tmp_path / "a"
-    fineweb.atomic_write(path, lambda f: f.write(b"old"))
+    atomic_write(path, lambda f: f.write(b"old"))
 
     def full(f):
         f.write(b"new")
@@ -570,9 +579,9 @@ def test_atomic_write_keeps_what_was_there(tmp_path):
 
     for write in (full, full_as_torch_says_it):
         with pytest.raises(UserError, match="a: No space left"):
-            fineweb.atomic_write(path, write)
+            atomic_write(path, write)
     with pytest.raises(RuntimeError, match="a bug"):
-        fineweb.atomic_write(path, lambda f: (_ for _ in ()).throw(RuntimeError("a bug")))
+        atomic_write(path, lambda f: (_ for _ in ()).throw(RuntimeError("a bug")))
     assert contents(tmp_path) == {"a": b"old"}
 
 
@@ -630,7 +639,7 @@ def test_ctrl_c_and_help():
     def interrupted():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as leaving:
-        fineweb.run_main(interrupted)
+        run_main(interrupted)
     assert leaving.value.code == 130
     assert command("--help").stdout.startswith("usage: fineweb.py")
 

@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hellaswag
-from fineweb import UserError, load_tokenizer
+from gptlib.common import UserError
+from gptlib.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
+from gptlib import scoring
 
 # a token a byte, as a checkpoint keeps it
 BYTES_DICT = {"name": "bpe", "ranks": b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))}
@@ -42,7 +44,7 @@ def real_examples():
     path = os.environ.get("HELLASWAG_DATA")
     if not path:
         pytest.skip("HELLASWAG_DATA names no HellaSwag jsonl file")
-    return hellaswag.load_examples(path)[:200]
+    return scoring.load_examples(path)[:200]
 
 
 def made_examples(n=40, seed=0):
@@ -101,14 +103,14 @@ def assert_same(model, examples, tokenizer, batch_tokens=0):
     """The losses are the plain method's, and evaluate's accuracy is 1 where its choices, by sum or by mean, are labels."""
     batch = [tokens_of(e, tokenizer) for e in examples]
     plain = [plain_losses(model, *e) for e in batch]
-    ours = hellaswag.ending_losses(model, batch, head_rows=300)
+    ours = scoring.ending_losses(model, batch, head_rows=300)
     assert [[len(x) for x in xs] for xs in ours] == [[len(x) for x in endings] for _, endings in batch]
     torch.testing.assert_close(flat(ours), torch.cat([x for xs in plain for x in xs]), rtol=1e-4, atol=1e-4)
     for key, measure in (("acc", torch.sum), ("acc_norm", torch.mean)):
         labels = [torch.stack([measure(x) for x in xs]).argmin().item() for xs in plain]
         assert len(set(labels)) > 1
         labelled = [{**e, "label": label} for e, label in zip(examples, labels, strict=True)]
-        result = hellaswag.evaluate(model, labelled, tokenizer, FLOAT32, batch_tokens=batch_tokens)
+        result = scoring.evaluate(model, labelled, tokenizer, FLOAT32, batch_tokens=batch_tokens)
         assert result["examples"] == len(examples)
         assert result[key] == 1.0
 
@@ -175,16 +177,16 @@ def test_a_model_that_knows_nothing_takes_the_shortest_ending():
     for p in model.parameters():
         torch.nn.init.zeros_(p)
     example = {"ctx": "it", "endings": ["was over then", "was over", "was", "was so"], "label": 2}
-    assert hellaswag.evaluate(model, [example], BYTES, FLOAT32)["acc"] == 1
-    [losses] = hellaswag.ending_losses(model, [tokens_of(example, BYTES)])
+    assert scoring.evaluate(model, [example], BYTES, FLOAT32)["acc"] == 1
+    [losses] = scoring.ending_losses(model, [tokens_of(example, BYTES)])
     np.testing.assert_allclose(np.concatenate(losses), np.log(257), rtol=1e-6)
 
 
 def test_of_equal_endings_the_first_wins_whatever_the_rounding():
     """The same ending at two places of a row differs in the last digit; the original takes the first of equals."""
     a, b = [5, 6], [7]
-    assert hellaswag.choose([[2.0, 2.0], [1.0, 1.0000002], [3.0], [1.0, 1.0]], [b, a, b, a]) == (1, 1)
-    assert hellaswag.choose([[1.0, 1.0], [1.5], [0.9, 0.9, 0.9], [9.0]], [[1, 2], [3], [4, 5, 6], [7]]) == (1, 2)
+    assert scoring.choose([[2.0, 2.0], [1.0, 1.0000002], [3.0], [1.0, 1.0]], [b, a, b, a]) == (1, 1)
+    assert scoring.choose([[1.0, 1.0], [1.5], [0.9, 0.9, 0.9], [9.0]], [[1, 2], [3], [4, 5, 6], [7]]) == (1, 2)
 
 
 def test_a_context_too_long_is_cut_from_the_left_and_that_is_said(capsys):
@@ -194,19 +196,19 @@ def test_a_context_too_long_is_cut_from_the_left_and_that_is_said(capsys):
     cut = {**example, "ctx": example["ctx"][-(64 - 40):]}  # with the longest ending and its space, 64 tokens
     losses = plain_losses(model, *tokens_of(cut, BYTES))
     example["label"] = torch.stack([x.mean() for x in losses]).argmin().item()
-    assert hellaswag.fit(*tokens_of(example, BYTES), 64) == tokens_of(cut, BYTES)
-    assert hellaswag.evaluate(model, [cut, short], BYTES, FLOAT32)["examples"] == 2
+    assert scoring.fit(*tokens_of(example, BYTES), 64) == tokens_of(cut, BYTES)
+    assert scoring.evaluate(model, [cut, short], BYTES, FLOAT32)["examples"] == 2
     assert "cut" not in capsys.readouterr().out
-    assert hellaswag.evaluate(model, [example], BYTES, FLOAT32)["acc_norm"] == 1
-    hellaswag.evaluate(model, [example, short, example], BYTES, FLOAT32)
+    assert scoring.evaluate(model, [example], BYTES, FLOAT32)["acc_norm"] == 1
+    scoring.evaluate(model, [example, short, example], BYTES, FLOAT32)
     assert "2 of 3 examples are longer than the model's 64 tokens" in capsys.readouterr().out
 
 
 def test_an_ending_longer_than_the_model_keeps_a_token_of_context():
-    context, endings = hellaswag.fit([1, 2, 3], [[4] * 20, [5] * 3], block_size=8)
+    context, endings = scoring.fit([1, 2, 3], [[4] * 20, [5] * 3], block_size=8)
     assert (context, endings) == ([3], [[4] * 7, [5] * 3])
     example = {"ctx": "abc", "endings": ["x" * 99, "y" * 10, "z", "xyz"], "label": 0}
-    assert hellaswag.evaluate(make_model(block_size=8), [example], BYTES, FLOAT32)["examples"] == 1
+    assert scoring.evaluate(make_model(block_size=8), [example], BYTES, FLOAT32)["examples"] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -218,14 +220,14 @@ def test_the_context_is_read_once_and_the_head_only_where_a_loss_is():
     rows = {}
     model.lm_head.register_forward_hook(lambda m, x, y: rows.update(head=x[0].shape[0]))
     model.transformer.wte.register_forward_hook(lambda m, x, y: rows.update(embedding=x[0].numel()))
-    hellaswag.ending_losses(model, [(list(range(50)), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]])])
+    scoring.ending_losses(model, [(list(range(50)), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]])])
     assert rows == {"head": 3 + 1 + 2 + 4, "embedding": 50 + 2 + 0 + 1 + 3}
 
 
 def test_batches_hold_every_example_once_and_little_padding():
     encoded = [tokens_of(e, BYTES) for e in made_examples(300)]
-    lengths = [hellaswag.row_length(*e) for e in encoded]
-    batches = hellaswag.make_batches(encoded, 2000)
+    lengths = [scoring.row_length(*e) for e in encoded]
+    batches = scoring.make_batches(encoded, 2000)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
     assert max(padded) <= 2000
@@ -243,12 +245,12 @@ def test_bfloat16_is_close_and_casts_a_weight_once():
             return func(*args, **(kwargs or {}))
 
     with CountCasts():
-        hellaswag.evaluate(model, examples, BYTES, torch.autocast("cpu", torch.bfloat16), batch_tokens=500)
+        scoring.evaluate(model, examples, BYTES, torch.autocast("cpu", torch.bfloat16), batch_tokens=500)
     assert casts == 1
     batch = [tokens_of(e, BYTES) for e in examples]
     with torch.autocast("cpu", torch.bfloat16):
-        losses = flat(hellaswag.ending_losses(model, batch))
-    assert 0 < (losses - flat(hellaswag.ending_losses(model, batch))).abs().max() < 0.2
+        losses = flat(scoring.ending_losses(model, batch))
+    assert 0 < (losses - flat(scoring.ending_losses(model, batch))).abs().max() < 0.2
 
 
 @pytest.mark.gpu
@@ -256,20 +258,20 @@ def test_bfloat16_is_close_and_casts_a_weight_once():
 def test_a_gpu_finds_the_same_losses():
     model = make_model()
     batch = [tokens_of(e, BYTES) for e in made_examples()]
-    exact = flat(hellaswag.ending_losses(model, batch))
+    exact = flat(scoring.ending_losses(model, batch))
     model.to("cuda")
-    torch.testing.assert_close(flat(hellaswag.ending_losses(model, batch)), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(flat(scoring.ending_losses(model, batch)), exact, rtol=1e-3, atol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        torch.testing.assert_close(flat(hellaswag.ending_losses(model, batch)), exact, rtol=0.05, atol=0.2)
+        torch.testing.assert_close(flat(scoring.ending_losses(model, batch)), exact, rtol=0.05, atol=0.2)
 
 
 def test_training_goes_on_as_if_there_had_been_no_evaluation():
     model = make_model(dropout=0.5)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     model.train()
-    result = hellaswag.evaluate(model, made_examples(), BYTES, FLOAT32)
+    result = scoring.evaluate(model, made_examples(), BYTES, FLOAT32)
     assert not model.training  # the loop says train() before each step
-    assert result == hellaswag.evaluate(make_model(), made_examples(), BYTES, FLOAT32)  # no dropout
+    assert result == scoring.evaluate(make_model(), made_examples(), BYTES, FLOAT32)  # no dropout
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -283,7 +285,7 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation():
 def test_every_rank_of_any_world_has_the_result_of_one(world_size, monkeypatch):
     """Ranks as threads, all_reduce as a sum behind a barrier. Of 50, most have no batch at all."""
     model, examples = make_model(), made_examples()
-    alone = hellaswag.evaluate(model, examples, BYTES, FLOAT32)
+    alone = scoring.evaluate(model, examples, BYTES, FLOAT32)
     counts, barrier = [], threading.Barrier(world_size)
 
     def all_reduce(x):
@@ -291,9 +293,9 @@ def test_every_rank_of_any_world_has_the_result_of_one(world_size, monkeypatch):
         barrier.wait(timeout=60)
         x.copy_(torch.stack(counts).sum(dim=0))
 
-    monkeypatch.setattr(hellaswag.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(scoring.dist, "all_reduce", all_reduce)
     with ThreadPoolExecutor(world_size) as threads:
-        results = list(threads.map(lambda rank: hellaswag.evaluate(
+        results = list(threads.map(lambda rank: scoring.evaluate(
             model, examples, BYTES, contextlib.nullcontext(), rank, world_size), range(world_size)))
     assert results == [alone] * world_size
     assert sum(c[0] > 0 for c in counts) > 1  # the work was shared
@@ -307,7 +309,7 @@ def test_command_line_under_torchrun(tmp_path):
     done = run("hellaswag.py", "--checkpoint_path=model.pt", "--data=data.jsonl", "--limit=33", "--device=cpu",
                cwd=tmp_path, nproc=2)
     assert done.returncode == 0, done.stderr
-    scores = hellaswag.evaluate(model, examples[:33], BYTES, FLOAT32)
+    scores = scoring.evaluate(model, examples[:33], BYTES, FLOAT32)
     assert done.stdout == f"33 examples, acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f}\n"
 
 
@@ -332,7 +334,7 @@ def test_a_broken_line_is_named(tmp_path, line, complaint):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(UserError) as e:
-        hellaswag.load_examples(str(path))
+        scoring.load_examples(str(path))
     assert f"{path}, line 3: " in str(e.value) and complaint in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -341,7 +343,7 @@ def test_a_file_is_loaded_as_it_is(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({**GOOD, "ind": 7}) + "\n\n" + json.dumps({**GOOD, "ctx": "Ein Mann säße"}) + "\n",
                     encoding="utf-8")
-    assert hellaswag.load_examples(path) == [{**GOOD, "ind": 7}, {**GOOD, "ctx": "Ein Mann säße"}]
+    assert scoring.load_examples(path) == [{**GOOD, "ind": 7}, {**GOOD, "ctx": "Ein Mann säße"}]
 
 
 @pytest.mark.parametrize("content", [None, b"\n", b"\xff\xfe\x00"])
@@ -350,17 +352,17 @@ def test_a_file_with_no_examples_in_it(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match="data.jsonl"):
-        hellaswag.load_examples(path)
+        scoring.load_examples(path)
 
 
 def test_without_a_path_it_downloads_once(tmp_path, monkeypatch):
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(GOOD) + "\n")
-    monkeypatch.setattr(hellaswag, "URL", source.as_uri())
-    monkeypatch.setattr(hellaswag, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
-    assert hellaswag.load_examples() == [GOOD]
+    monkeypatch.setattr(scoring, "URL", source.as_uri())
+    monkeypatch.setattr(scoring, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
+    assert scoring.load_examples() == [GOOD]
     source.unlink()
-    assert hellaswag.load_examples("") == [GOOD]
+    assert scoring.load_examples("") == [GOOD]
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["refused", "cut short"])
@@ -380,11 +382,11 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, monk
     server = http.server.HTTPServer(("127.0.0.1", 0), Half)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(hellaswag, "URL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
-    monkeypatch.setattr(hellaswag, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
+    monkeypatch.setattr(scoring, "URL", f"http://127.0.0.1:{server.server_port}/hellaswag_val.jsonl")
+    monkeypatch.setattr(scoring, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
     try:
         with pytest.raises(UserError, match="--data") as e:
-            hellaswag.load_examples()
+            scoring.load_examples()
     finally:
         server.shutdown()
         server.server_close()

@@ -32,9 +32,15 @@ import fineweb
 import hellaswag
 import inference
 import train_gpt2
-from fineweb import EOT, UserError, find_tokenizer, load_tokenizer, prepare, read_meta, tokenizer_to_dict
+from fineweb import prepare
+from gptlib.common import UserError
+from gptlib.dataset import read_meta
+from gptlib.tokenizer import EOT, find_tokenizer, load_tokenizer, tokenizer_to_dict
 from inference import generate_text, load_model_from_checkpoint
-from train_gpt2 import GPT, GPTConfig, PRESETS, load_checkpoint, restore_model
+from gptlib.checkpoint import load_checkpoint
+from train_gpt2 import GPT, GPTConfig, PRESETS
+from gptlib.dataset import list_shards
+from gptlib.tokenizer import export_tokenizer, train_bpe
 
 GELU = {"tanh": "gelu_new", "none": "gelu"}
 SHAPELESS = {k: v for k, v in TINY.items() if not k.startswith("n_")}  # the shape is that of the model to begin with
@@ -51,7 +57,7 @@ def gpt2():
 @pytest.fixture(scope="module")
 def bpe():
     odd = "ひらがなとカタカナー、naïve 🙂🙂 e\u0301" * 20
-    return fineweb.train_bpe([(train_gpt2.__doc__ + hellaswag.__doc__) * 3, "".join(chinese(300)), odd], 700)
+    return train_bpe([(train_gpt2.__doc__ + hellaswag.__doc__) * 3, "".join(chinese(300)), odd], 700)
 
 
 def hugging_face(n_vocab=300, gelu="gelu_new", bias=True, block_size=32, n_layer=2, n_head=2, n_embd=32, seed=0, **how):
@@ -139,7 +145,7 @@ def exported(request, tmp_path_factory):
     """A tokenizer, and what transformers makes of its export."""
     tokenizer = request.getfixturevalue(request.param)
     folder = tmp_path_factory.mktemp("exported")
-    fineweb.export_tokenizer(tokenizer, folder, 1024)
+    export_tokenizer(tokenizer, folder, 1024)
     return tokenizer, transformers.AutoTokenizer.from_pretrained(folder), folder
 
 
@@ -202,7 +208,7 @@ def test_a_directory_with_a_tokenizer_of_its_own(tmp_path, old):
     (lambda t: t.pop("model"), "can't be read (KeyError: 'model')"),
 ])
 def test_a_tokenizer_of_another_kind_is_refused(bpe, tmp_path, change, message):
-    fineweb.export_tokenizer(bpe, tmp_path, 1024)
+    export_tokenizer(bpe, tmp_path, 1024)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     change(spec)
     spec.get("model", {}).get("vocab", {}).pop(EOT, None)
@@ -238,7 +244,7 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
 def test_a_shorter_context_of_a_hugging_face_directory(tmp_path):
     hf = hugging_face(block_size=64)
     hf.save_pretrained(tmp_path)
-    model = restore_model(load_checkpoint(tmp_path), block_size=16).eval()
+    model = GPT.from_checkpoint(load_checkpoint(tmp_path), block_size=16).eval()
     idx = torch.randint(300, (2, 16))
     assert model.config.block_size == 16 and model.transformer.wpe.weight.shape == (16, 32)
     torch.testing.assert_close(model(idx)[0], hf(idx).logits, rtol=1e-4, atol=1e-4)
@@ -261,7 +267,7 @@ def test_export_from_the_command_line(bpe, checkpoint, tmp_path, monkeypatch):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"exported {checkpoint} to to/hf\n")
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to" / "hf")
     idx = torch.randint(700, (1, 32))
-    expected = restore_model(load_checkpoint(checkpoint))(idx)[0][..., :700]
+    expected = GPT.from_checkpoint(load_checkpoint(checkpoint))(idx)[0][..., :700]
     assert hf.dtype == torch.float32
     torch.testing.assert_close(hf(idx).logits, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="is there already: choose another name"):
@@ -275,7 +281,7 @@ def test_an_export_that_is_cut_short_leaves_nothing(checkpoint, tmp_path, monkey
         raise error
 
     model = load_model_from_checkpoint(checkpoint, "cpu", "float32")
-    monkeypatch.setattr(train_gpt2, "export_tokenizer", fail)
+    monkeypatch.setattr("gptlib.huggingface.export_tokenizer", fail)
     (tmp_path / "hf").mkdir()  # an empty one may be filled
     (tmp_path / "hf.tmp").mkdir()  # of an export that was killed
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
@@ -383,7 +389,7 @@ def foreign(request, tmp_path_factory):
 
 def test_the_logits_of_a_foreign_checkpoint(foreign):
     path, logits_of, bias, gelu = foreign
-    model = restore_model(load_checkpoint(path), dropout=0.0).eval()
+    model = GPT.from_checkpoint(load_checkpoint(path), dropout=0.0).eval()
     assert (model.config.bias, model.config.gelu) == (bias, gelu)
     idx = torch.randint(50257, (2, 32))
     torch.testing.assert_close(model(idx)[0], logits_of(idx), rtol=1e-4, atol=1e-4)
@@ -431,7 +437,7 @@ def test_training_from_a_foreign_checkpoint_with_a_shorter_context(foreign, gpt2
     windows = torch.tensor(tokens["val"][:641].astype(np.int64)).unfold(0, 17, 16)  # (40, 17)
     expected = F.cross_entropy(logits_of(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     assert float(read_log("log")["val"][0]) == pytest.approx(expected.item(), abs=2e-4)
-    model = restore_model(load_checkpoint("log/model_00001.pt")).eval()
+    model = GPT.from_checkpoint(load_checkpoint("log/model_00001.pt")).eval()
     assert (model.config.block_size, model.config.bias, model.config.gelu) == (16, bias, gelu)
     idx = torch.randint(50257, (2, 16))
     torch.testing.assert_close(model(idx)[0], logits_of(idx), rtol=1e-4, atol=1e-4)
@@ -459,11 +465,11 @@ SIZES = dict(block_size=8, vocab_size=61, n_layer=1, n_head=1, n_embd=8)
 ])
 def test_what_is_missing_is_named(tmp_path, change, message):
     contents = {"model": GPT(GPTConfig(**SIZES)).state_dict(), "model_args": {**SIZES, "bias": True, "dropout": 0.0}}
-    restore_model({"model": contents["model"], "config": SIZES})
+    GPT.from_checkpoint({"model": contents["model"], "config": SIZES})
     change(contents)
     torch.save(contents, tmp_path / "a.pt")
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        restore_model(load_checkpoint(tmp_path / "a.pt"))
+        GPT.from_checkpoint(load_checkpoint(tmp_path / "a.pt"))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -524,7 +530,7 @@ def test_a_text_is_prepared_with_the_tokenizer_of_what_it_fine_tunes(bpe, tmp_pa
         root = tmp_path / f"data{i}"
         meta = prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source))
         assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700) and find_tokenizer(root) == tokenizer_to_dict(bpe)
-        train, val = (np.load(fineweb.list_shards(root, split)[0]) for split in ("train", "val"))
+        train, val = (np.load(list_shards(root, split)[0]) for split in ("train", "val"))
         assert bpe.decode(np.concatenate((train, val))) == EOT + text
         shards.append(train.tolist())
         checkpoint.unlink(missing_ok=True)  # once prepared, the directory needs nothing else
@@ -592,13 +598,13 @@ def test_a_folder_of_chinese_becomes_a_model_that_writes_chinese(tmp_path):
 
     # the tokenizer round-trips every document, and splits them into fewer tokens than others do
     enc = load_tokenizer(tmp_path / "data")
-    val, train = (np.load(fineweb.list_shards(tmp_path / "data", split)[0]) for split in ("val", "train"))
+    val, train = (np.load(list_shards(tmp_path / "data", split)[0]) for split in ("val", "train"))
     documents = enc.decode(np.concatenate((train, val))).split(EOT)
     assert documents[0] == "" and sorted(documents[1:]) == sorted(texts.values())
     meta = read_meta(tmp_path / "data")
     assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts.values())
     text = "".join(chinese(50, 4))  # unseen
-    english_bpe = fineweb.train_bpe([fineweb.__doc__ * 20], 600)
+    english_bpe = train_bpe([fineweb.__doc__ * 20], 600)
     others = [english_bpe]
     with contextlib.suppress(UserError):  # no GPT-2 vocabulary
         others.append(load_tokenizer("gpt2"))

@@ -15,8 +15,9 @@ import sys
 
 import pytest
 from conftest import ROOT
+from gptlib.common import ArgumentParser
+from gptlib.common import UserError
 
-import fineweb
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "bench"]
@@ -66,14 +67,14 @@ class Parsed(Exception):
 
 def read_by_its_parser(monkeypatch, script, args):
     """The parser of a script's main(), and what it makes of args; nothing after that is run."""
-    real, found = fineweb.ArgumentParser.parse_args, []
+    real, found = ArgumentParser.parse_args, []
 
     def parse_args(parser, args=None, namespace=None):
         found.extend((parser, real(parser, args, namespace)))
         raise Parsed
 
     with monkeypatch.context() as patch:
-        patch.setattr(fineweb.ArgumentParser, "parse_args", parse_args)
+        patch.setattr(ArgumentParser, "parse_args", parse_args)
         patch.setattr(sys, "argv", [script, *args])
         with pytest.raises(Parsed):
             importlib.import_module(script).main()
@@ -109,7 +110,7 @@ def test_every_command_names_what_is_there(monkeypatch):
                 read_by_its_parser(monkeypatch, script, args)
                 if script == "train_gpt2":
                     TrainConfig(**parse_flags(args))
-            except fineweb.UserError as e:
+            except UserError as e:
                 raise AssertionError(f"{line}\n{e}") from e
             seen.add(script)
         elif ASSIGNMENT.match(program):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, flags, read_log, run, start
+from gptlib.checkpoint import save_checkpoint
 
 import train_gpt2
 
@@ -66,7 +67,7 @@ def references(tmp_path_factory):
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, references, monkeypatch):
     settings = {**LONG, "max_steps": 20}
     expected = references(**settings)
-    save, threads = train_gpt2.save_checkpoint, torch.get_num_threads()
+    save, threads = save_checkpoint, torch.get_num_threads()
 
     def slow_save(log_dir, state, keep):
         """The disk takes five steps for the first one."""

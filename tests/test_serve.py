@@ -27,10 +27,13 @@ from conftest import ROOT, command, environment
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import serve
-from fineweb import UserError, make_encoding, tokenizer_to_dict
+from gptlib.common import UserError
+from gptlib.tokenizer import make_encoding, tokenizer_to_dict
 from inference import generate_text
 from serve import Settings, read_settings
-from train_gpt2 import GPT, GPTConfig, shown_default
+from gptlib.config import shown_default
+from train_gpt2 import GPT, GPTConfig
+from gptlib.api import VERSION
 
 CONFIG = GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 LONG = 50000  # tokens: more than anybody waits for here
@@ -280,7 +283,7 @@ def test_wrong_routes_methods_and_content_types(server):
 def test_health_and_metrics_say_what_there_is(server, model):
     health = server.get("/health").json()
     expected = dict(status="healthy", model="model_40000", step=40000, device="cpu", dtype="float32", slots=4, context=64,
-                    parameters=sum(p.numel() for p in model.parameters()), key_required=False, version=serve.VERSION)
+                    parameters=sum(p.numel() for p in model.parameters()), key_required=False, version=VERSION)
     assert {k: health[k] for k in expected} == expected
     before = server.metric("gpt2_generated_tokens_total"), server.metric("gpt2_http_requests_total", route="/generate")
     server.post(prompt="abc", max_length=7)
@@ -449,7 +452,8 @@ def test_thousands_of_short_requests_leave_memory_flat(server):
 
 FAULTS = """
 import torch, train_gpt2
-hidden, step = train_gpt2.GPT.hidden, inference.Engine.step
+from gptlib import engine
+hidden, step = train_gpt2.GPT.hidden, engine.Engine.step
 def fragile(self, idx, cache=None, pos=None):
     if 1 in idx and pos is None: raise RuntimeError("secret: no memory for this prompt")
     return hidden(self, idx, cache, pos)
@@ -457,7 +461,7 @@ def slow(self):
     if any(2 in r.prompt for r in self.live): raise RuntimeError("secret: the device is gone")
     time.sleep(0.02)
     return step(self)
-train_gpt2.GPT.hidden, inference.Engine.step = fragile, slow
+train_gpt2.GPT.hidden, engine.Engine.step = fragile, slow
 """
 
 
