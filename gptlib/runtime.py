@@ -1,11 +1,13 @@
-"""Where a program runs: processes, devices, precision, compilers, random state."""
+"""Where a program runs: processes, devices, precision, compilers, random state, signals."""
 
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +15,20 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from gptlib.common import UserError, first_line, warn
+
+# The longest that rank 0 works while the others wait for it: samples, or reading a large checkpoint from a slow disk.
+# A rank that dies or hangs ends the others after this time.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+# Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that begins another one comes
+# after it.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
+}
+
+# -----------------------------------------------------------------------------
+# processes
 
 
 @dataclass(frozen=True)
@@ -29,18 +45,71 @@ def distributed():
     if "RANK" not in os.environ:
         yield World()
         return
-    world = World(*(int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    # NCCL for what lives on a GPU; gloo for the rest, such as the state that rank 0 reads and hands round
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield world
+    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and sends to the others
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    yield World(rank, local_rank, size)
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 
+def any_rank(flag, world):
+    """Whether the flag is true on any rank; every rank has to call it."""
+    if world.size == 1:
+        return flag
+    total = torch.tensor(float(flag))
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.item() > 0
+
+
+def share_from_rank0(value, world):
+    """The value that rank 0 has, on every rank; anything that can be pickled."""
+    if world.size == 1:
+        return value
+    message = [value]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = False
+        self.previous = {}
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            self.previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        self.received = True
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+# -----------------------------------------------------------------------------
+# devices and precision
+
+
 def resolve_device(name="auto", local_rank=None):
-    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the one of the local rank."""
+    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the GPU of the local rank.
+
+    Raises UserError for another name, or a device that this machine does not have.
+    """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and local_rank is None else "cpu"
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available() and local_rank is None:
+            name = "mps"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -48,32 +117,91 @@ def resolve_device(name="auto", local_rank=None):
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local_rank or 0)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"--device {device} is not there: this machine has {count} CUDA devices")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps is not there: this machine or this build of torch has no Metal")
     return device
 
 
 def resolve_dtype(name, device):
-    """The torch.dtype of autocast; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    """The torch.dtype of autocast. auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16
     return torch.float32
 
 
+def prepare_device(device, deterministic=False):
+    """Set what holds for the whole process: the current GPU, precision of float32 products, determinism, memory.
+
+    On a CPU training is always deterministic: compiled code would add up the embedding's gradients in any order. On CUDA
+    it is where `deterministic` is asked for, and then strictly (torch raises an error for a kernel that is not, since
+    with a warning alone flash attention keeps its faster backward pass) and without TF32.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32 for the products that autocast leaves in float32
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    keep_freed_memory(device)
+    if deterministic or device.type == "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def nondeterministic_algorithms():
+    """Allow any kernel for a while: drawing samples takes a cumulative sum, which on CUDA has no deterministic kernel."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def attention_for_varying_shapes(device):
+    """A context in which attention does not use cuDNN, which plans anew for every shape it meets.
+
+    For training, where one shape stays for the whole run, cuDNN is the fastest; for prompts, growing caches and
+    HellaSwag's rows the planning would cost more than it gains.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def device_name(device):
+    """What the log calls the device: the GPU's name, or "cpu", "mps"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_flops(device):
+    """FLOP/s of the device's datasheet, or None where it is not known."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if name in device_name(device):
+            return tflops * 1e12
+    return None
+
+
 def keep_freed_memory(device):
-    """On a CPU have glibc's malloc keep what is freed: a step reuses gigabytes, and fresh pages cost a sixth of its time."""
-    if device.type == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-        if mallopt:
-            M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, -1)
+    """On a CPU have glibc's malloc keep freed memory: a step reuses gigabytes, and fresh pages cost a sixth of its time."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def compile_model(model, device, **options):
@@ -87,35 +215,68 @@ def compile_model(model, device, **options):
 
 
 class skip_init(TorchFunctionMode):
-    """Leaves out the random initial weights of modules made in its context: drawing GPT-2 XL's takes longer than loading."""
+    """A context in which modules are made without random initial weights, for a model whose weights are loaded next.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+    Drawing the weights of GPT-2 XL takes longer than loading them.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+# -----------------------------------------------------------------------------
+# random state
 
 
 def get_rng(device):
+    """The state of torch's random generators, of the CPU and of the device."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def set_rng(device, state):
+    """Restore what get_rng returned, as far as this device has such a generator."""
     torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        getattr(torch, device.type).set_rng_state(state[device.type])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+@contextlib.contextmanager
+def preserved_rng(device):
+    """A context after which torch's random generators are as they were before it."""
+    state = get_rng(device)
+    try:
+        yield
+    finally:
+        set_rng(device, state)
+
+
+def gather_rng(device, world):
+    """The random state of every rank, in their order; every rank has to call it."""
+    if world.size == 1:
+        return [get_rng(device)]
+    states = [None] * world.size
+    dist.all_gather_object(states, get_rng(device))
+    return states
+
+
+# -----------------------------------------------------------------------------
+# provenance
 
 
 def git_commit():
     """The commit of this checkout, or None outside of one."""
+    root = Path(__file__).parent.parent
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-PEAK_TFLOPS = {  # dense bf16 (float16 where there is none), from the makers' datasheets
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125,
-    "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}
+    return done.stdout.strip()

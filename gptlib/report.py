@@ -1,0 +1,114 @@
+"""What a run tells on the way: lines on the console and records in its log, on rank 0 alone."""
+
+import math
+import time
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+from gptlib.common import print0
+from gptlib.dataset import read_meta
+from gptlib.run_log import RunLog
+from gptlib.runtime import device_name, git_commit, peak_flops
+
+
+class Reporter:
+    """Prints and logs the course of a run. Every rank has one; only that of rank 0 prints and writes.
+
+    facts: what the log's first record says beside the settings. resumed_at: the step that the run goes on from, None for a
+    fresh start. tokens_per_byte: of the val split, None where it is not known.
+    """
+
+    def __init__(self, cfg, model, facts, device, world, resumed_at, tokens_per_byte=None, gpt2_tokens=True):
+        self.cfg, self.device, self.world = cfg, device, world
+        self.flops_per_token, self.peak = model.flops_per_token(), peak_flops(device)
+        self.tokens_per_byte, self.gpt2_tokens = tokens_per_byte, gpt2_tokens
+        is_master = world.rank == 0
+        self.log = RunLog(cfg, resumed_at, facts) if is_master else None
+        self.bar = tqdm(total=cfg.max_steps, initial=resumed_at or 0, desc="training", unit="step",
+                        dynamic_ncols=True, disable=None if is_master else True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def _write(self, step, kind, **values):
+        if self.log:
+            self.log.write(step, kind, **values)
+
+    def validation(self, step, loss):
+        """Report a validation loss in nats per token; also in bits per byte, where the bytes are known."""
+        bits, shown = {}, ""
+        if self.tokens_per_byte:
+            bits = {"bpb": loss * self.tokens_per_byte / math.log(2)}
+            shown = f" | {bits['bpb']:.4f} bits per byte"
+        print0(f"step {step:5d} | validation loss: {loss:.4f}{shown}")
+        self._write(step, "val", loss=loss, **bits)
+
+    def hellaswag(self, step, scores):
+        """Report the accuracies that scoring.evaluate returns."""
+        n = scores["examples"]
+        print0(f"step {step:5d} | HellaSwag accuracy: {scores['acc_norm']:.4f} on {n} examples")
+        self._write(step, "hella", acc_norm=scores["acc_norm"], acc=scores["acc"])
+
+    def samples(self, texts):
+        for text in texts:
+            print0(f"sample: {text}")
+
+    def draw(self):
+        """Redraw log.png."""
+        if self.log:
+            self.log.draw(gpt2_tokens=self.gpt2_tokens)
+
+    def step(self, step, loss, lr, norm, seconds):
+        """Report a step of the optimization that took so many seconds."""
+        tokens_per_second = self.cfg.total_batch_size / seconds
+        mfu = None
+        if self.peak:
+            mfu = tokens_per_second * self.flops_per_token / (self.peak * self.world.size)
+        if not math.isfinite(norm):
+            print0(f"step {step:5d} | warning: the gradient norm is {norm}, the update is skipped")
+        if step % self.cfg.log_interval == 0:
+            line = (f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                    f"dt: {seconds * 1000:.2f}ms | tok/sec: {tokens_per_second:.2f}")
+            print0(line + (f" | mfu: {mfu:.2%}" if mfu else ""))
+        self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
+                    tokens_per_second=tokens_per_second, mfu=mfu, memory_mib=peak_gpu_memory(self.device))
+        self.bar.update()
+
+
+def describe_run(cfg, model, device, dtype, world, batch_size):
+    """The facts of the log's first record: what a reader needs to run the same again."""
+    return dict(
+        config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()), git_commit=git_commit(),
+        torch=torch.__version__, device=device_name(device), dtype=str(dtype), world_size=world.size,
+        batch_size=batch_size, vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def print_run(facts, n_tokens):
+    """Print in one line what is about to run."""
+    cfg = facts["config"]
+    tokens_per_micro_step = facts["batch_size"] * cfg["block_size"] * facts["world_size"]
+    micro_batches = math.ceil(cfg["total_batch_size"] / tokens_per_micro_step)
+    dtype = facts["dtype"].removeprefix("torch.")
+    print0(f"{facts['parameters'] / 1e6:.1f}M parameters on {facts['world_size']} x {facts['device']}, {dtype}, "
+           f"{n_tokens:,} training tokens, micro-batches of {facts['batch_size']} x {cfg['block_size']}, "
+           f"{micro_batches} a step and process")
+
+
+def peak_gpu_memory(device):
+    """MiB that tensors took on the GPU at most, or None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def tokens_per_byte(data_root, split):
+    """Tokens for each byte of text in a split, which makes bits per byte of nats per token.
+
+    None where meta.json does not tell.
+    """
+    meta = read_meta(data_root)
+    n_bytes = meta.get("bytes", {}).get(split)
+    return meta["tokens"][split] / n_bytes if n_bytes else None

@@ -1,0 +1,84 @@
+"""How a run goes on from a checkpoint, and the thread that writes the next ones."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from gptlib.checkpoint import copy_to_host, save_checkpoint
+from gptlib.common import UserError, print0
+from gptlib.tokenizer import tokenizer_to_dict
+
+
+def check_fit(cfg, checkpoint, tokenizer):
+    """Raise UserError where the settings or the dataset's tokenizer do not fit the checkpoint that a run starts from."""
+    theirs = checkpoint["config"]
+    for name in ("n_layer", "n_head", "n_embd"):
+        ours = getattr(cfg, name)
+        if ours != theirs[name]:
+            raise UserError(f"--{name} is {ours}, but the checkpoint's model has {theirs[name]}: leave it out")
+    resumed = "step" in checkpoint
+    limit = theirs["block_size"]
+    if cfg.block_size > limit or (resumed and cfg.block_size != limit):
+        remedy = "leave it out" if resumed else "give at most that"
+        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {limit}: {remedy}")
+    check_same_tokenizer(cfg.data_root, tokenizer, checkpoint["tokenizer"])
+    if resumed and len(checkpoint["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
+        raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with another: leave it out")
+
+
+def check_same_tokenizer(data_root, tokenizer, theirs):
+    """Raise UserError where the dataset's tokenizer is not the checkpoint's, a dict of tokenizer_to_dict."""
+    ours = tokenizer_to_dict(tokenizer)
+    if all(theirs.get(key) == value for key, value in ours.items()):
+        return
+    name = theirs["name"]
+    source = "gpt2" if name == "gpt2" else "THE_CHECKPOINT"
+    raise UserError(
+        f"the tokenizer of --data_root {data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) is not the checkpoint's "
+        f"({name}): give the dataset that goes with it, or make one of your text by python fineweb.py --tokenizer {source}")
+
+
+def restore_training_state(checkpoint, optimizers, scaler):
+    """Load the state of the optimizers and of the gradient scaler.
+
+    Settings such as the learning rate are not restored: what the flags say counts. A checkpoint of a run without loss
+    scaling (bfloat16, float32) has no scaler state; float16 then begins with a fresh one.
+    """
+    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({key: value for key, value in ours.items() if key != "params"})
+        optimizer.load_state_dict(state)
+    if checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+class BackgroundSaver:
+    """Writes checkpoints from a thread, one at a time, while training goes on from the same tensors."""
+
+    def __init__(self, log_dir, keep):
+        self.log_dir, self.keep = log_dir, keep
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()
+
+    def save(self, state, wait=False):
+        """Copy the state and write the copy in the background; with wait, return when it is on disk.
+
+        Raises UserError only with wait: a checkpoint on the way that can't be written is a warning, since the next may be.
+        """
+        if self.writing:  # one at a time: each holds a copy of the state
+            self.writing.result()
+        self.writing = self.thread.submit(self._write, copy_to_host(state), wait)
+        if wait:
+            self.writing.result()
+
+    def _write(self, state, must_succeed):
+        try:
+            path = save_checkpoint(self.log_dir, state, self.keep)
+            print0(f"step {state['step']:5d} | saved {path}")
+        except UserError as e:
+            if must_succeed:
+                raise
+            print0(f"warning: step {state['step']} is not saved, training goes on: {e}")
