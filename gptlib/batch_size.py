@@ -9,10 +9,12 @@ from gptlib.runtime import preserved_rng
 
 
 def find_batch_size(model, block_size, total_batch_size, device, autocast, world):
-    """The most sequences, a power of two, whose forward and backward pass fit beside the state of AdamW.
+    """The most sequences, a power of two, whose forward and backward pass fit beside the state of
+    AdamW.
 
-    All ranks get the same answer, the smallest of theirs. It draws nothing from the random state of the run: with dropout
-    a trial step would, and a resumed run would no longer equal the uninterrupted one.
+    All ranks get the same answer, the smallest of theirs. It draws nothing from the random state
+    of the run: with dropout a trial step would, and a resumed run would no longer equal the
+    uninterrupted one.
     """
     enough = total_batch_size // (block_size * world.size)
     batch_size = 1 << max(0, enough.bit_length() - 1)  # more is never needed
@@ -28,14 +30,16 @@ def find_batch_size(model, block_size, total_batch_size, device, autocast, world
 
 def fits(model, batch_size, block_size, device, autocast):
     """Whether a training step of batch_size sequences fits into the memory of the device."""
-    if device.type == "cpu":  # a CPU has no error to catch, the process is killed: so the bytes are estimated
+    if device.type == "cpu":
+        # there is no error to catch, the system kills the process: so the bytes are estimated
         return estimate_activations(model.config, batch_size, block_size) < free_host_memory() / 2
     try:
-        adamw_state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]  # noqa: F841
+        adamw_state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
         with autocast:
             _, loss = model(idx, idx)
         loss.backward()
+        del adamw_state
         return True
     except RuntimeError as e:
         if "out of memory" not in str(e):
@@ -46,7 +50,9 @@ def fits(model, batch_size, block_size, device, autocast):
 
 
 def estimate_activations(config, batch_size, block_size):
-    """Bytes of the logits and of what the blocks keep for the backward pass, somewhat on the safe side."""
+    """Bytes of the logits and of what the blocks keep for the backward pass, somewhat on the safe
+    side.
+    """
     bytes_per_token = 10 * config.vocab_size + 80 * config.n_layer * config.n_embd
     return batch_size * block_size * bytes_per_token
 

@@ -1,46 +1,84 @@
-"""What every room shares: errors the user can fix, the command line, and files that are whole or not there."""
+"""What every room shares: errors that the user can fix, the command line, files written
+atomically, messages.
+"""
 
 import argparse
 import contextlib
 import difflib
 import importlib
+import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: what was found, what was expected, what to do next."""
+    """An error that the user can fix. Its text says what was found, what was expected and what to
+    do next.
+    """
 
 
 def run_main(main):
-    """Call main(). A UserError becomes one line on stderr and exit code 1, Ctrl-C becomes exit code 130."""
+    """Call main(). A UserError becomes one line on stderr and exit code 1, Ctrl-C becomes exit
+    code 130.
+    """
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        exit_with_error(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, whose help begins with the script's docstring and whose errors are one line: a UserError."""
+def exit_with_error(message):
+    """Exit with code 1 after telling the user once what was wrong, also where torchrun started
+    several processes.
 
-    def __init__(self, description, **how):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **how)
+    torchrun ends with a report of its own, fifty lines long; the message is handed to it and
+    stands at its end. Rank 0 goes first, and torchrun then ends the other ranks, which usually
+    have the same error. An error of another rank alone is reported by that rank a moment later.
+    If torchrun will restart the processes it writes no report, so the message is printed here.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not report:
+        sys.exit(message)
+    if not is_rank0():
+        time.sleep(3)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"):
+        print(message, file=sys.stderr)
+    failure = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(report).write_text(json.dumps({"message": failure}))
+    sys.exit(1)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose help begins with the script's docstring and whose errors are a
+    UserError of one line.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
-        raise UserError(message + (f" (did you mean {near[0]}?)" if near else " (see --help)"))
+        similar = difflib.get_close_matches(unknown, self._option_string_actions, 1)
+        hint = f"did you mean {similar[0]}?" if similar else "see --help"
+        raise UserError(f"{message} ({hint})")
+
+
+# -----------------------------------------------------------------------------
+# files
 
 
 def atomic_write(path, write):
-    """Write a file through write(f), f a binary file, so that it is whole or not there.
+    """Write a file through write(f), f a binary file, so that it is complete or not there at all.
 
-    Raises UserError when the disk is full or not writable; what was at `path` before is then intact.
+    Raises UserError when the disk is full or not writable; what was at `path` before is then
+    intact.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -50,33 +88,46 @@ def atomic_write(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name is on disk when the directory is
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the one behind the other
+        # torch.save hides the OSError behind a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}. Make room or choose another place; what was "
-                        "there before is intact") from error
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}. Make room or choose another "
+                        "place; what was there before is intact") from error
     finally:
         tmp.unlink(missing_ok=True)
 
 
+def sync_directory(path):
+    """Have the names in a directory written to the disk: a renamed file survives a power cut only
+    then.
+    """
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    folder = os.open(path, os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 @contextlib.contextmanager
 def atomic_directory(path):
-    """A directory to write files into that takes the name `path` at the end of the block: whole or not there.
+    """A directory to write files into; only at the end of the block, complete, does it get the
+    name `path`.
 
-    Raises UserError where there is one already that isn't empty, or when the disk is full or not writable.
+    Raises UserError where `path` exists and isn't empty, or when the disk is full or not writable.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError  # it is no OSError, and says the same
     path = Path(os.path.abspath(path))
     tmp = path.with_name(path.name + ".tmp")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty:
         raise UserError(f"{path} is there already: choose another name, or remove it")
     try:
-        shutil.rmtree(tmp, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(tmp, ignore_errors=True)  # a killed process may have left it
         tmp.mkdir(parents=True)
         yield tmp
         for file in tmp.iterdir():
@@ -86,26 +137,39 @@ def atomic_directory(path):
             path.rmdir()
         os.replace(tmp, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Make room or choose another "
-                        "place") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}. "
+                        "Make room or choose another place") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+# -----------------------------------------------------------------------------
+# other people's code
+
+
 def first_line(error):
-    """What an exception of another library says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """The first line of another library's exception, or its name where it has no text."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def import_optional(module, package=None):
+    """Import a module that is not in requirements.txt; UserError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"{module} is not installed: pip install {package or module}") from e
 
 
+# -----------------------------------------------------------------------------
+# messages. tqdm is imported when the first one is printed, so that fineweb.py --help starts at once
+
+
 def is_rank0():
-    """Whether this process is the one that writes and prints: the only one, or rank 0 under torchrun."""
+    """Whether this process is the one that writes and prints: the only one, or rank 0 under
+    torchrun.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 

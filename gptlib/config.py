@@ -1,8 +1,9 @@
-"""A setting is declared once (type, default, range, help) and serves flags, environment, checkpoints and documents.
+"""A setting is declared once (type, default, range, help) and serves flags, environment,
+checkpoints and documents.
 
-A configuration is a dataclass whose fields are made by `setting`. Everything else is read from those fields: the
-command line (`add_flags`), the environment (`read_environment`), the checks (`check_settings`) and the tables in the
-documents (`shown_default`).
+A configuration is a dataclass whose fields are made by `setting`. Everything else is read from
+those fields: the command line (`add_flags`), the environment (`read_environment`), the checks
+(`check_settings`) and the tables in the documents (`shown_default`).
 """
 
 import argparse
@@ -16,8 +17,8 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str
 def setting(default, help, low=None, high=None, choices=None, above=None, optional=False):
     """A dataclass field with what is known about it.
 
-    low, high: the smallest and the largest value allowed; above: the value has to be larger than this one. optional: None
-    is a value too.
+    low, high: the smallest and the largest value allowed; above: the value has to be larger than
+    this one. optional: None is a value too.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, above=above, optional=optional)
     return dataclasses.field(default=default, metadata=metadata)
@@ -36,14 +37,19 @@ def describe_range(field):
 def in_range(field, value):
     """Whether a number is in the field's range; NaN is in none that has a limit."""
     low, high, above = (field.metadata[key] for key in ("low", "high", "above"))
-    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    if low is not None and not value >= low:  # not 'value < low': NaN has to fail too
+        return False
+    if high is not None and not value <= high:
+        return False
+    return above is None or value > above
 
 
 def check_settings(config, label=lambda name: f"--{name}"):
-    """Raise UserError for the first field whose value has the wrong type, is out of range or no valid choice.
+    """Raise UserError for the first field whose value has the wrong type, is out of range or no
+    valid choice.
 
-    label: makes of a field's name what the user calls it, such as --port or PORT. Whole numbers become floats where the
-    field is one.
+    label: makes of a field's name what the user calls it, such as --port or PORT. Whole numbers
+    become floats where the field is one.
     """
     for field in dataclasses.fields(config):
         name, value = label(field.name), getattr(config, field.name)
@@ -68,13 +74,16 @@ def parse_boolean(text):
 
 
 def add_flags(parser, config_class):
-    """Add a flag for each field; a boolean takes --name, --no-name and --name=False. Flags not given stay unset."""
+    """Add a flag for each field; a boolean takes --name, --no-name and --name=False. Flags not
+    given stay unset.
+    """
     for field in dataclasses.fields(config_class):
         default = "" if field.default in (None, "") else f" (default: {field.default})"
         help = (field.metadata["help"] + default).replace("%", "%%")
         options = dict(help=help, default=argparse.SUPPRESS)
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", nargs="?", const=True, type=parse_boolean, metavar="BOOL", **options)
+            parser.add_argument(f"--{field.name}", nargs="?", const=True, type=parse_boolean,
+                                metavar="BOOL", **options)
             parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false",
                                 default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         else:
@@ -82,7 +91,8 @@ def add_flags(parser, config_class):
 
 
 def read_environment(config_class, env):
-    """{field name: value} of the environment variables that are set, named as the fields in capitals.
+    """{field name: value} of the environment variables that are set, named as the fields in
+    capitals.
 
     Raises UserError for a text that can't be converted.
     """
@@ -95,7 +105,8 @@ def read_environment(config_class, env):
         try:
             values[field.name] = convert(text)
         except (ValueError, argparse.ArgumentTypeError):
-            raise UserError(f"{field.name.upper()} is {text!r}: expected {EXPECTED[field.type]}") from None
+            expected = EXPECTED[field.type]
+            raise UserError(f"{field.name.upper()} is {text!r}: expected {expected}") from None
     return values
 
 

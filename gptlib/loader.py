@@ -1,4 +1,6 @@
-"""Which tokens a step reads: a split as an endless stream of windows, and the thread that prefetches them."""
+"""Which tokens a step reads: a split as an endless stream of windows, and the thread that
+prefetches them.
+"""
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +16,15 @@ from gptlib.runtime import World
 class TokenLoader:
     """One split of a dataset as an endless stream of tokens, a pure function of (seed, position).
 
-    The shards, joined, have N tokens; an epoch reads each of them once. The stream is cut into windows of T =
-    block_size tokens, and every token predicts the next one; the last token of the split predicts its first, which is
-    <|endoftext|>.
+    The shards, joined, have N tokens; an epoch reads each of them once. The stream is cut into
+    windows of T = block_size tokens, and every token predicts the next one; the last token of the
+    split predicts its first, which is <|endoftext|>.
 
-    Epoch 0 is in file order, unless `shuffle` is set. Every later epoch begins at a seeded offset, so that the windows
-    fall on other tokens each time, and visits its windows in a seeded permutation: shard by shard, so that one shard at a
-    time is read. A window that reaches from one epoch into the next is not permuted, so that an epoch reads each
-    token once whatever N and T are.
+    Epoch 0 is in file order, unless `shuffle` is set. Every later epoch begins at a seeded
+    offset, so that the windows fall on other tokens each time, and visits its windows in a seeded
+    permutation: shard by shard, so that one shard at a time is read. A window that reaches from
+    one epoch into the next is not permuted, so that an epoch reads each token once whatever N and
+    T are.
     """
 
     def __init__(self, data_root, split, block_size, seed=0, shuffle=False):
@@ -34,9 +37,10 @@ class TokenLoader:
         self.starts = np.cumsum([0] + sizes)  # offset of each shard in the split, then N
         self.n_tokens = int(self.starts[-1])
         if self.n_tokens < 2:
-            raise UserError(f"the {split} split of {str(data_root)!r} has {self.n_tokens} tokens: too few to predict one")
-        # Few shards are mapped at a time, or else resident memory would grow with the dataset. The caches belong to the
-        # instance: a decorated method would keep every loader alive.
+            raise UserError(f"the {split} split of {str(data_root)!r} has {self.n_tokens} tokens: "
+                            "too few to predict one")
+        # Few shards are mapped at a time, or else resident memory would grow with the dataset.
+        # The caches belong to the instance: a decorated method would keep every loader alive.
         self._open_shard = functools.lru_cache(2)(lambda i: open_shard(self.paths[i]))
         self._permutation = functools.lru_cache(2)(self._draw_permutation)
         self._epoch_plan = functools.lru_cache(2)(self._plan_epoch)
@@ -47,8 +51,9 @@ class TokenLoader:
     def _plan_epoch(self, epoch):
         """Where an epoch begins, and in which order it visits the shards.
 
-        Returns (offset of its first token in the split, order of the shards, windows up to the end of each shard in that
-        order, first window of each shard). The shard in which the epoch begins counts as two.
+        Returns (offset of its first token in the split, order of the shards, windows up to the
+        end of each shard in that order, first window of each shard). The shard in which the epoch
+        begins counts as two.
         """
         N, T = self.n_tokens, self.block_size
         rng = np.random.default_rng((self.seed, epoch))
@@ -65,7 +70,8 @@ class TokenLoader:
         return begin, order, ends, edges
 
     def _segments(self, position, length):
-        """Yield (offset in the split, number of tokens) of what the stream reads from `position` on.
+        """Yield (offset in the split, number of tokens) of what the stream reads from `position`
+        on.
 
         Segments end where a window or an epoch ends.
         """
@@ -78,7 +84,8 @@ class TokenLoader:
             inside = epoch * N <= window * T and (window + 1) * T <= (epoch + 1) * N
             if permuted and inside:
                 index = window - edges[0]  # number of the permuted window within the epoch
-                i = int(np.searchsorted(ends, index, side="right"))  # position of its shard in the order
+                # position of its shard in the order
+                i = int(np.searchsorted(ends, index, side="right"))
                 first = int(edges[order[i]])
                 count = int(edges[order[i] + 1]) - first
                 chosen = self._permutation(count, epoch, i)[index - (ends[i] - count)]
@@ -93,7 +100,9 @@ class TokenLoader:
         return i, offset - int(self.starts[i])
 
     def _read(self, start, n):
-        """n tokens from offset `start` on, as an int64 tensor; the split's first token follows its last."""
+        """n tokens from offset `start` on, as an int64 tensor; the split's first token follows
+        its last.
+        """
         out = np.empty(n, dtype=np.int64)
         done = 0
         while done < n:
@@ -104,23 +113,27 @@ class TokenLoader:
         return torch.from_numpy(out)
 
     def _check_vocab(self, tokens, start, vocab_size):
-        """Raise UserError that names shard, place and id of a token that the model does not know."""
+        """Raise UserError that names shard, place and id of a token that the model does not know.
+        """
         unknown = (tokens >= vocab_size).nonzero()
         if len(unknown) == 0:
             return
         first = int(unknown[0])
         i, place = self._locate((start + first) % self.n_tokens)
         raise UserError(
-            f"{self.paths[i]}: token {place} is {int(tokens[first])}, but the model's vocabulary has {vocab_size} "
-            "tokens. The shard is damaged or of another tokenizer: make it again with python fineweb.py")
+            f"{self.paths[i]}: token {place} is {int(tokens[first])}, but the model's vocabulary "
+            f"has {vocab_size} tokens. The shard is damaged or of another tokenizer: make it again "
+            "with python fineweb.py")
 
     def batches(self, position, n_tokens, batch_size, world=World(), vocab_size=None):
-        """Yield this rank's share of the n_tokens from `position` on, in micro-batches (x, y, tokens in it).
+        """Yield this rank's share of the n_tokens from `position` on, in micro-batches (x, y,
+        tokens in it).
 
-        x, y: (up to batch_size, block_size) int64. The tokens are cut into rows where windows end, and the rows dealt out
-        to the ranks. A row that is cut short, or begins inside a window, is padded with targets of -1. A rank without a
-        row gets one of 0 tokens, so that it can take part in what the others do. Raises UserError for a token id of
-        vocab_size or more, where that is given.
+        x, y: (up to batch_size, block_size) int64. The tokens are cut into rows where windows
+        end, and the rows dealt out to the ranks. A row that is cut short, or begins inside a
+        window, is padded with targets of -1. A rank without a row gets one of 0 tokens, so that
+        it can take part in what the others do. Raises UserError for a token id of vocab_size or
+        more, where that is given.
         """
         T = self.block_size
         rows = []  # (position of the first token, number of tokens)
@@ -138,7 +151,8 @@ class TokenLoader:
             yield x, y, sum(length for _, length in micro_batch) if mine else 0
 
     def _fill_row(self, x, y, position, length, vocab_size):
-        """Write `length` tokens of the stream into x (T,) and those that follow each into y (T,)."""
+        """Write `length` tokens of the stream into x (T,) and those that follow each into y (T,).
+        """
         done = 0
         for start, n in self._segments(position, length):
             tokens = self._read(start, n + 1)
@@ -149,12 +163,15 @@ class TokenLoader:
 
 
 def prefetch(steps, device):
-    """Yield the lists of micro-batches that `steps` yields, moved to the device by a second thread, one step ahead."""
+    """Yield the lists of micro-batches that `steps` yields, moved to the device by a second
+    thread, one step ahead.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def set_device():
-        # The current GPU belongs to the thread. Without this it is GPU 0 on every rank, where pinned memory and streams
-        # would then make a context of half a gigabyte for each of the other ranks.
+        # The current GPU belongs to the thread. Without this it is GPU 0 on every rank, where
+        # pinned memory and streams would then make a context of half a gigabyte for each of the
+        # other ranks.
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
@@ -176,12 +193,16 @@ def prefetch(steps, device):
 
 
 def copy_async(tensor, device):
-    """Start a copy to the GPU that does not wait; only from pinned memory can it overlap with computation."""
+    """Start a copy to the GPU that does not wait; only from pinned memory can it overlap with
+    computation.
+    """
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def hand_over(micro_batches, copying, computing):
-    """Make the computing stream wait for the copies, and keep their memory from the next copies while it reads them."""
+    """Make the computing stream wait for the copies, and keep their memory from the next copies
+    while it reads them.
+    """
     computing.wait_stream(copying)
     for x, y, _ in micro_batches:
         x.record_stream(computing)

@@ -14,13 +14,16 @@ from gptlib.runtime import device_name, git_commit, peak_flops
 
 
 class Reporter:
-    """Prints and logs the course of a run. Every rank has one; only that of rank 0 prints and writes.
+    """Prints and logs the course of a run. Every rank has one; only that of rank 0 prints and
+    writes.
 
-    facts: what the log's first record says beside the settings. resumed_at: the step that the run goes on from, None for a
-    fresh start. tokens_per_byte: of the val split, None where it is not known.
+    facts: what the log's first record says beside the settings. resumed_at: the step that the run
+    goes on from, None for a fresh start. tokens_per_byte: of the val split, None where it is not
+    known.
     """
 
-    def __init__(self, cfg, model, facts, device, world, resumed_at, tokens_per_byte=None, gpt2_tokens=True):
+    def __init__(self, cfg, model, facts, device, world, resumed_at,
+                 tokens_per_byte=None, gpt2_tokens=True):
         self.cfg, self.device, self.world = cfg, device, world
         self.flops_per_token, self.peak = model.flops_per_token(), peak_flops(device)
         self.tokens_per_byte, self.gpt2_tokens = tokens_per_byte, gpt2_tokens
@@ -40,7 +43,9 @@ class Reporter:
             self.log.write(step, kind, **values)
 
     def validation(self, step, loss):
-        """Report a validation loss in nats per token; also in bits per byte, where the bytes are known."""
+        """Report a validation loss in nats per token; also in bits per byte, where the bytes are
+        known.
+        """
         bits, shown = {}, ""
         if self.tokens_per_byte:
             bits = {"bpb": loss * self.tokens_per_byte / math.log(2)}
@@ -76,16 +81,18 @@ class Reporter:
                     f"dt: {seconds * 1000:.2f}ms | tok/sec: {tokens_per_second:.2f}")
             print0(line + (f" | mfu: {mfu:.2%}" if mfu else ""))
         self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
-                    tokens_per_second=tokens_per_second, mfu=mfu, memory_mib=peak_gpu_memory(self.device))
+                    tokens_per_second=tokens_per_second, mfu=mfu,
+                    memory_mib=peak_gpu_memory(self.device))
         self.bar.update()
 
 
 def describe_run(cfg, model, device, dtype, world, batch_size):
     """The facts of the log's first record: what a reader needs to run the same again."""
     return dict(
-        config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()), git_commit=git_commit(),
-        torch=torch.__version__, device=device_name(device), dtype=str(dtype), world_size=world.size,
-        batch_size=batch_size, vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()),
+        git_commit=git_commit(), torch=torch.__version__, device=device_name(device),
+        dtype=str(dtype), world_size=world.size, batch_size=batch_size,
+        vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
 def print_run(facts, n_tokens):
@@ -94,8 +101,10 @@ def print_run(facts, n_tokens):
     tokens_per_micro_step = facts["batch_size"] * cfg["block_size"] * facts["world_size"]
     micro_batches = math.ceil(cfg["total_batch_size"] / tokens_per_micro_step)
     dtype = facts["dtype"].removeprefix("torch.")
-    print0(f"{facts['parameters'] / 1e6:.1f}M parameters on {facts['world_size']} x {facts['device']}, {dtype}, "
-           f"{n_tokens:,} training tokens, micro-batches of {facts['batch_size']} x {cfg['block_size']}, "
+    millions = facts["parameters"] / 1e6
+    print0(f"{millions:.1f}M parameters on {facts['world_size']} x {facts['device']}, {dtype}, "
+           f"{n_tokens:,} training tokens, "
+           f"micro-batches of {facts['batch_size']} x {cfg['block_size']}, "
            f"{micro_batches} a step and process")
 
 

@@ -8,39 +8,48 @@ from gptlib.tokenizer import tokenizer_to_dict
 
 
 def check_fit(cfg, checkpoint, tokenizer):
-    """Raise UserError where the settings or the dataset's tokenizer do not fit the checkpoint that a run starts from."""
+    """Raise UserError where the settings or the dataset's tokenizer do not fit the checkpoint
+    that a run starts from.
+    """
     theirs = checkpoint["config"]
     for name in ("n_layer", "n_head", "n_embd"):
         ours = getattr(cfg, name)
         if ours != theirs[name]:
-            raise UserError(f"--{name} is {ours}, but the checkpoint's model has {theirs[name]}: leave it out")
+            raise UserError(f"--{name} is {ours}, but the checkpoint's model has {theirs[name]}: "
+                            "leave it out")
     resumed = "step" in checkpoint
     limit = theirs["block_size"]
     if cfg.block_size > limit or (resumed and cfg.block_size != limit):
         remedy = "leave it out" if resumed else "give at most that"
-        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {limit}: {remedy}")
+        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {limit}: "
+                        f"{remedy}")
     check_same_tokenizer(cfg.data_root, tokenizer, checkpoint["tokenizer"])
     if resumed and len(checkpoint["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
-        raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with another: leave it out")
+        raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with "
+                        "another: leave it out")
 
 
 def check_same_tokenizer(data_root, tokenizer, theirs):
-    """Raise UserError where the dataset's tokenizer is not the checkpoint's, a dict of tokenizer_to_dict."""
+    """Raise UserError where the dataset's tokenizer is not the checkpoint's, a dict of
+    tokenizer_to_dict.
+    """
     ours = tokenizer_to_dict(tokenizer)
     if all(theirs.get(key) == value for key, value in ours.items()):
         return
     name = theirs["name"]
     source = "gpt2" if name == "gpt2" else "THE_CHECKPOINT"
     raise UserError(
-        f"the tokenizer of --data_root {data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) is not the checkpoint's "
-        f"({name}): give the dataset that goes with it, or make one of your text by python fineweb.py --tokenizer {source}")
+        f"the tokenizer of --data_root {data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) "
+        f"is not the checkpoint's ({name}): give the dataset that goes with it, or make one of your "
+        f"text by python fineweb.py --tokenizer {source}")
 
 
 def restore_training_state(checkpoint, optimizers, scaler):
     """Load the state of the optimizers and of the gradient scaler.
 
-    Settings such as the learning rate are not restored: what the flags say counts. A checkpoint of a run without loss
-    scaling (bfloat16, float32) has no scaler state; float16 then begins with a fresh one.
+    Settings such as the learning rate are not restored: what the flags say counts. A checkpoint
+    of a run without loss scaling (bfloat16, float32) has no scaler state; float16 then begins
+    with a fresh one.
     """
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
         for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -51,7 +60,9 @@ def restore_training_state(checkpoint, optimizers, scaler):
 
 
 class BackgroundSaver:
-    """Writes checkpoints from a thread, one at a time, while training goes on from the same tensors."""
+    """Writes checkpoints from a thread, one at a time, while training goes on from the same
+    tensors.
+    """
 
     def __init__(self, log_dir, keep):
         self.log_dir, self.keep = log_dir, keep
@@ -64,9 +75,11 @@ class BackgroundSaver:
         self.thread.shutdown()
 
     def save(self, state, wait=False):
-        """Copy the state and write the copy in the background; with wait, return when it is on disk.
+        """Copy the state and write the copy in the background; with wait, return when it is on
+        disk.
 
-        Raises UserError only with wait: a checkpoint on the way that can't be written is a warning, since the next may be.
+        Raises UserError only with wait: a checkpoint on the way that can't be written is a
+        warning, since the next may be.
         """
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from gptlib.common import UserError, first_line, warn
 
-# The longest that rank 0 works while the others wait for it: samples, or reading a large checkpoint from a slow disk.
-# A rank that dies or hangs ends the others after this time.
+# The longest that rank 0 works while the others wait for it: samples, or reading a large
+# checkpoint from a slow disk. A rank that dies or hangs ends the others after this time.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
-# Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that begins another one comes
-# after it.
+# Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that
+# begins another one comes after it.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
     "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
@@ -46,7 +46,8 @@ def distributed():
         yield World()
         return
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and sends to the others
+    # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
+    # sends to the others
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     yield World(rank, local_rank, size)
@@ -72,7 +73,9 @@ def share_from_rank0(value, world):
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the process at once."""
+    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the
+    process at once.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -100,7 +103,8 @@ class StopSignal:
 
 
 def resolve_device(name="auto", local_rank=None):
-    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the GPU of the local rank.
+    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the GPU of the
+    local rank.
 
     Raises UserError for another name, or a device that this machine does not have.
     """
@@ -119,14 +123,18 @@ def resolve_device(name="auto", local_rank=None):
             device = torch.device("cuda", local_rank or 0)
         count = torch.cuda.device_count()
         if device.index >= count:
-            raise UserError(f"--device {device} is not there: this machine has {count} CUDA devices")
+            raise UserError(f"--device {device} is not there: this machine has {count} CUDA "
+                            "devices")
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps is not there: this machine or this build of torch has no Metal")
+        raise UserError("--device mps is not there: this machine or this build of torch has no "
+                        "Metal")
     return device
 
 
 def resolve_dtype(name, device):
-    """The torch.dtype of autocast. auto is bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    """The torch.dtype of autocast. auto is bfloat16 where the hardware has it, float16 on older
+    GPUs, else float32.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -139,11 +147,13 @@ def resolve_dtype(name, device):
 
 
 def prepare_device(device, deterministic=False):
-    """Set what holds for the whole process: the current GPU, precision of float32 products, determinism, memory.
+    """Set what holds for the whole process: the current GPU, precision of float32 products,
+    determinism, memory.
 
-    On a CPU training is always deterministic: compiled code would add up the embedding's gradients in any order. On CUDA
-    it is where `deterministic` is asked for, and then strictly (torch raises an error for a kernel that is not, since
-    with a warning alone flash attention keeps its faster backward pass) and without TF32.
+    On a CPU training is always deterministic: compiled code would add up the embedding's
+    gradients in any order. On CUDA it is where `deterministic` is asked for, and then strictly
+    (torch raises an error for a kernel that is not, since with a warning alone flash attention
+    keeps its faster backward pass) and without TF32.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -158,7 +168,9 @@ def prepare_device(device, deterministic=False):
 
 @contextlib.contextmanager
 def nondeterministic_algorithms():
-    """Allow any kernel for a while: drawing samples takes a cumulative sum, which on CUDA has no deterministic kernel."""
+    """Allow any kernel for a while: drawing samples takes a cumulative sum, which on CUDA has no
+    deterministic kernel.
+    """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
@@ -171,13 +183,14 @@ def nondeterministic_algorithms():
 def attention_for_varying_shapes(device):
     """A context in which attention does not use cuDNN, which plans anew for every shape it meets.
 
-    For training, where one shape stays for the whole run, cuDNN is the fastest; for prompts, growing caches and
-    HellaSwag's rows the planning would cost more than it gains.
+    For training, where one shape stays for the whole run, cuDNN is the fastest; for prompts,
+    growing caches and HellaSwag's rows the planning would cost more than it gains.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(others)
 
 
 def device_name(device):
@@ -194,7 +207,9 @@ def peak_flops(device):
 
 
 def keep_freed_memory(device):
-    """On a CPU have glibc's malloc keep freed memory: a step reuses gigabytes, and fresh pages cost a sixth of its time."""
+    """On a CPU have glibc's malloc keep freed memory: a step reuses gigabytes, and fresh pages
+    cost a sixth of its time.
+    """
     if device.type != "cpu" or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
@@ -205,7 +220,9 @@ def keep_freed_memory(device):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options), or the model itself with a warning where a trial shows that no compiler works."""
+    """torch.compile(model, **options), or the model itself with a warning where a trial shows
+    that no compiler works.
+    """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # a missing gcc, Triton or OpenMP, each with an exception of its own
@@ -215,7 +232,8 @@ def compile_model(model, device, **options):
 
 
 class skip_init(TorchFunctionMode):
-    """A context in which modules are made without random initial weights, for a model whose weights are loaded next.
+    """A context in which modules are made without random initial weights, for a model whose
+    weights are loaded next.
 
     Drawing the weights of GPT-2 XL takes longer than loading them.
     """
@@ -276,7 +294,8 @@ def git_commit():
     """The commit of this checkout, or None outside of one."""
     root = Path(__file__).parent.parent
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True,
+                              text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
