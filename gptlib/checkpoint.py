@@ -1,61 +1,77 @@
-"""Checkpoints: save whole or not at all, load those of four programs, find the one a run starts from."""
+"""Checkpoints: saved completely or not at all, loaded from four programs' formats, shared between processes."""
 
 import os
-import pickle
 import re
 import shutil
 import sys
-import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from gptlib.common import UserError, atomic_write, first_line
+from gptlib.broadcast import broadcast_nest
+from gptlib.checkpoint_file import PickledConfig, directory_identity, read_checkpoint_file
+from gptlib.common import UserError, atomic_write
 from gptlib.huggingface import load_hugging_face
 
-
 CHECKPOINT_VERSION = 1
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MODEL_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")
+TRAINING_STATE = ("train_config", "position", "optimizer")
+CAN_MAP = os.name == "posix"  # Windows neither replaces nor removes a file that is mapped
 
-
-class PickledConfig:
-    """Stands in for the GPTConfig that build-nanogpt pickles into its checkpoints: its fields and nothing to run."""
-
-    NAMES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
+# -----------------------------------------------------------------------------
+# save
 
 
 def save_checkpoint(log_dir, state, keep):
-    """Write log_dir/model_{step}.pt whole or not at all, let latest_checkpoint.pt name it, drop the oldest beyond `keep`.
+    """Write log_dir/model_{step}.pt completely or not at all, and return its path.
 
-    Raises UserError where that can't be done; the checkpoints that were there are intact then.
+    Then latest_checkpoint.pt names it, and of the checkpoints only the newest `keep` stay (0: all of them). Raises
+    UserError where that can't be done; the checkpoints that were there are intact then.
     """
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
-    atomic_write(path, lambda f: torch.save(state, f))
-    latest, link = path.with_name("latest_checkpoint.pt"), path.with_name("latest_checkpoint.tmp")
+    atomic_write(path, lambda file: torch.save(state, file))
     try:
-        link.unlink(missing_ok=True)
-        try:
-            link.symlink_to(path.name)
-        except OSError:  # Windows, some network drives
-            shutil.copyfile(path, link)
-        os.replace(link, latest)
+        update_latest(path)
         for old in list_checkpoints(log_dir)[keep or None:]:
             old.unlink()
-    except OSError as e:
-        raise UserError(f"{path} is saved, but {e.filename}: {e.strerror}") from e
+    except OSError as error:
+        raise UserError(f"{path} is saved, but {error.filename}: {error.strerror}") from error
     return path
 
 
-def copy_to_host(state, copies=None):
-    """A copy in CPU memory of a nest of dicts, lists and tensors, for a thread to write while the run changes the tensors.
+def update_latest(path):
+    """Let latest_checkpoint.pt, beside the checkpoint at `path`, stand for that one."""
+    latest = path.with_name("latest_checkpoint.pt")
+    link = path.with_name("latest_checkpoint.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(path.name)
+    except OSError:  # Windows, some network drives
+        shutil.copyfile(path, link)
+    os.replace(link, latest)
 
-    Tensors that share memory, such as the embedding and the head, share it in the copy too: copies has those made so far.
+
+def list_checkpoints(log_dir):
+    """Paths of the checkpoints of a run, newest first."""
+    paths = [path for path in Path(log_dir).glob("model_*.pt") if path.stem[6:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
+
+
+def copy_to_host(state, copies=None):
+    """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training changes the tensors.
+
+    Tensors that share memory, such as the embedding and the head, share it in the copy too: `copies` has those that
+    were made so far.
     """
     copies = {} if copies is None else copies
     if isinstance(state, dict):
-        return {k: copy_to_host(v, copies) for k, v in state.items()}
+        return {key: copy_to_host(value, copies) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(copy_to_host(v, copies) for v in state)
+        return type(state)(copy_to_host(value, copies) for value in state)
     if not torch.is_tensor(state):
         return state
     key = state.device, state.data_ptr(), state.shape, state.dtype
@@ -64,82 +80,154 @@ def copy_to_host(state, copies=None):
     return copies[key]
 
 
-def list_checkpoints(log_dir):
-    """Paths of the checkpoints of a run, newest first."""
-    found = [p for p in Path(log_dir).glob("model_*.pt") if p.stem[6:].isdigit()]
-    return sorted(found, key=lambda p: int(p.stem[6:]), reverse=True)
+# -----------------------------------------------------------------------------
+# load
 
 
 def load_checkpoint(path, mmap=False):
-    """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer; nothing in it is run.
+    """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer; nothing in it is executed.
 
-    With mmap a tensor is read from disk when it is used: who needs the weights alone never reads the optimizer's state.
+    Reads this repository's checkpoints, build-nanogpt's (whose config is a pickled GPTConfig), nanoGPT's (model_args),
+    and Hugging Face's GPT-2: a directory or one of four names. Every record is compared with its checksum.
 
-    Reads this repository's, build-nanogpt's (whose config is a pickled GPTConfig) and nanoGPT's (model_args), and Hugging
-    Face's GPT-2: a directory or one of four names. Raises UserError for anything else, with what is missing.
+    With mmap a tensor is read from disk when it is used, and only the model's tensors are verified: inference never
+    reads the optimizer's state. Raises UserError for anything else, with what is damaged or missing.
     """
-    if str(path) in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") or Path(path).is_dir():
+    return load_any_format(path, mmap, model_only=mmap)
+
+
+def load_any_format(path, mmap, model_only):
+    """load_checkpoint, where mapping the file and verifying the model's tensors alone are separate choices."""
+    if str(path) in GPT2_NAMES or Path(path).is_dir():
         return load_hugging_face(str(path))
     path = Path(path)
     if not path.is_file():
-        there = ", ".join(str(p) for p in list_checkpoints(path.parent)[:5]) or "none"
-        raise UserError(f"no checkpoint {str(path)!r}; checkpoints beside it: {there}")
-    try:
-        with torch.serialization.safe_globals([(PickledConfig, name) for name in PickledConfig.NAMES]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True,
-                                    mmap=mmap and zipfile.is_zipfile(path))
-    except Exception as e:  # truncated, empty, garbage or hostile: torch has an exception of its own for each
-        asks = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise UserError(f"{str(path)!r} is no checkpoint that can be read: " + (
-            f"it asks for {asks[1]} to be run, which is refused; tensors and plain values are read" if asks else
-            "torch.save has not written it" if isinstance(e, pickle.UnpicklingError) else first_line(e))) from e
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+        others = ", ".join(str(other) for other in list_checkpoints(path.parent)[:5])
+        raise UserError(f"no checkpoint {str(path)!r}; checkpoints beside it: {others or 'none'}")
+    return normalize_checkpoint(path, read_checkpoint_file(path, mmap, model_only))
+
+
+def normalize_checkpoint(path, contents):
+    """What a checkpoint file holds, in this repository's format. Raises UserError naming what is missing."""
+    checkpoint = contents if isinstance(contents, dict) else {}
     if isinstance(checkpoint.get("model_args"), dict):  # nanoGPT
         checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
     if isinstance(checkpoint.get("config"), PickledConfig):  # build-nanogpt
         checkpoint["config"] = vars(checkpoint["config"])
-    missing = [k for k in ("model", "config") if not isinstance(checkpoint.get(k), dict)]
-    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    missing = missing or [k for k in sizes if k not in checkpoint["config"]]
+
+    missing = [key for key in ("model", "config") if not isinstance(checkpoint.get(key), dict)]
+    if not missing:
+        missing = [name for name in MODEL_SIZES if name not in checkpoint["config"]]
     if missing:
         raise UserError(f"{str(path)!r} is no checkpoint of a GPT: it has no {' and no '.join(missing)}")
-    # the prefixes are of DDP and torch.compile
-    checkpoint["model"] = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in checkpoint["model"].items()}
+
+    checkpoint["model"] = {strip_wrappers(name): tensor for name, tensor in checkpoint["model"].items()}
     checkpoint.setdefault("tokenizer", {"name": "gpt2"})
     return checkpoint
 
 
+def strip_wrappers(name):
+    """A parameter's name without the prefixes that DDP and torch.compile put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+
+
+# -----------------------------------------------------------------------------
+# the checkpoint that a run starts from
+
+
 def load_initial_checkpoint(flags, world):
-    """The checkpoint dict that a run starts from, or None for a fresh model. Rank 0 reads it and hands it round.
+    """The checkpoint dict that a run starts from, or None for a fresh model; the same on every rank.
 
     Its "train_config" holds the settings that count where no flag says otherwise: all of them when the run is resumed
     (there is a "step" then), the model's shape alone when its weights are only the start (--init_from).
+
+    Rank 0 chooses and verifies it. Other ranks map the same file where they see it, and otherwise receive it.
     """
-    start = None
-    if world.rank == 0:
-        init_from = flags.get("init_from", "scratch")
-        if flags.get("resume"):
-            start = load_checkpoint(flags["checkpoint_path"])
-            if "train_config" not in start:
-                raise UserError(f"{flags['checkpoint_path']!r} has no training state to resume: use it with --init_from")
-        elif flags.get("auto_resume"):
-            for path in list_checkpoints(flags.get("log_dir", "log")):
-                try:
-                    start = load_checkpoint(path)
-                    start["position"], start["optimizer"]
-                    break
-                except (UserError, KeyError) as e:
-                    start = None
-                    print(f"skipping {path}: {e}", file=sys.stderr)
-        if start is not None:
-            for name in ("preset", "resume", "auto_resume", "checkpoint_path"):
-                start["train_config"].pop(name, None)
-        elif init_from != "scratch":
-            start = load_checkpoint(init_from)
-            start = {k: start[k] for k in ("model", "config", "tokenizer")}
-            start["train_config"] = {k: start["config"][k] for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    if world.size > 1:  # other hosts may not see rank 0's disk
-        message = [start]
-        dist.broadcast_object_list(message, src=0)
-        start = message[0]
-    return start
+    offer = choose_initial_checkpoint(flags) if world.rank == 0 else None
+    if world.size > 1:
+        offer = share_offer(offer, world.rank)
+    if offer is None:
+        return None
+    checkpoint = offer.checkpoint
+    if offer.weights_only:
+        config = checkpoint["config"]
+        checkpoint["train_config"] = {name: config[name] for name in SHAPE_FLAGS}
+    else:
+        for name in ("preset", "resume", "auto_resume", "checkpoint_path"):
+            checkpoint["train_config"].pop(name, None)
+    return checkpoint
+
+
+@dataclass
+class Offer:
+    """The checkpoint that rank 0 chose, and what another rank needs to recognize the same file."""
+
+    path: str
+    identity: tuple | None  # of directory_identity; None where the file can't be recognized
+    weights_only: bool  # only the start of a new run, not resumed
+    checkpoint: dict | None
+
+
+def choose_initial_checkpoint(flags):
+    """The Offer that the flags ask for, or None to start from scratch. Raises UserError where it can't be loaded."""
+    if flags.get("resume"):
+        return load_training_state(flags["checkpoint_path"])
+    if flags.get("auto_resume"):
+        for path in list_checkpoints(flags.get("log_dir", "log")):
+            try:
+                return load_training_state(path)
+            except UserError as error:
+                print(f"skipping {path}: {error}", file=sys.stderr)
+    init_from = flags.get("init_from", "scratch")
+    return None if init_from == "scratch" else load_weights(init_from)
+
+
+def load_training_state(path):
+    """The Offer of a checkpoint to be resumed, every record of it verified."""
+    identity = directory_identity(path)
+    checkpoint = load_any_format(path, mmap=CAN_MAP, model_only=False)
+    for name in TRAINING_STATE:
+        if name not in checkpoint:
+            raise UserError(f"{str(path)!r} has no training state to resume ({name} is missing): "
+                            "use it with --init_from")
+    return Offer(str(path), identity, False, checkpoint)
+
+
+def load_weights(init_from):
+    """The Offer of a model to start from: a checkpoint file, a Hugging Face directory or a GPT-2 name."""
+    identity = directory_identity(init_from)
+    checkpoint = load_checkpoint(init_from, mmap=CAN_MAP)
+    checkpoint = {key: checkpoint[key] for key in ("model", "config", "tokenizer")}
+    return Offer(str(init_from), identity, True, checkpoint)
+
+
+def share_offer(offer, rank):
+    """Rank 0's Offer, on every rank: mapped where the rank sees the identical file, else sent tensor by tensor."""
+    message = [offer and replace(offer, checkpoint=None)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is None:
+        return None
+    if rank > 0:
+        offer = message[0]
+        offer.checkpoint = load_identical(offer)
+
+    all_loaded = torch.tensor(int(offer.checkpoint is not None))
+    dist.all_reduce(all_loaded, op=dist.ReduceOp.MIN)
+    if not all_loaded:  # other hosts may not see rank 0's disk
+        has_loaded = offer.checkpoint is not None
+        offer.checkpoint = broadcast_nest(offer.checkpoint, rank, keep_own=has_loaded)
+    return offer
+
+
+def load_identical(offer):
+    """The checkpoint that rank 0 offers, read by this rank; None where this rank does not see the identical file.
+
+    The records are verified here too: with equal directories, equal checksums, that makes their contents equal.
+    """
+    if offer.identity is None or directory_identity(offer.path) != offer.identity:
+        return None
+    try:
+        load = load_weights if offer.weights_only else load_training_state
+        return load(offer.path).checkpoint
+    except UserError:
+        return None

@@ -9,56 +9,117 @@ from gptlib.tokenizer import export_tokenizer, find_tokenizer
 
 # Hugging Face keeps these as Conv1D, the transpose of nn.Linear
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# transformers' names of activations, and the `approximate` of torch's GELU that computes the same
+GELU_OF = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
 
 
 def load_hugging_face(name):
-    """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it."""
+    """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it.
+
+    Raises UserError where it can't be loaded, or where its config computes something else than GPT-2.
+    """
+    hf = load_transformers_model(name)
+    check_plain_gpt2(name, hf.config)
+    state = {}
+    for key, tensor in hf.state_dict().items():
+        state[key] = tensor.t() if key.endswith(TRANSPOSED) else tensor
+    config = {
+        "block_size": hf.config.n_positions,
+        "vocab_size": hf.config.vocab_size,
+        "n_layer": hf.config.n_layer,
+        "n_head": hf.config.n_head,
+        "n_embd": hf.config.n_embd,
+        "gelu": GELU_OF[hf.config.activation_function],
+    }
+    tokenizer = find_tokenizer(name if Path(name).is_dir() else "gpt2")
+    return {"model": state, "config": config, "tokenizer": tokenizer}
+
+
+def load_transformers_model(name):
+    """transformers' own model, with all of its weights. Raises UserError in one line."""
     from transformers import GPT2LMHeadModel
-    from transformers.utils import logging
-    logging.disable_progress_bar()  # what is wrong is told below, in a line
-    logging.set_verbosity_error()
+    silence_transformers()
     try:
         hf, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-    except Exception as e:  # no network, no weights, torn or hostile files
-        raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(e)}") from e
+    except Exception as error:  # no network, no weights, truncated or hostile files
+        raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name!r} is no GPT-2: its weights lack {sorted(info['missing_keys'])[0]}")
-    c = hf.config
-    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
-    plain = {"activation_function": tuple(gelu), "n_inner": (None, 4 * c.n_embd), "layer_norm_epsilon": (1e-5,),
-             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "tie_word_embeddings": (True,),
-             "add_cross_attention": (False,)}
-    for k, expected in plain.items():
-        if getattr(c, k) not in expected:
-            raise UserError(f"{name!r} is not plain GPT-2: its {k} is {getattr(c, k)}, expected {expected[0]}")
-    state = {k: v.t() if k.endswith(TRANSPOSED) else v for k, v in hf.state_dict().items()}
-    config = {"block_size": c.n_positions, "vocab_size": c.vocab_size, "n_layer": c.n_layer, "n_head": c.n_head,
-              "n_embd": c.n_embd, "gelu": gelu[c.activation_function]}
-    return {"model": state, "config": config, "tokenizer": find_tokenizer(name if Path(name).is_dir() else "gpt2")}
+        first_missing = sorted(info["missing_keys"])[0]
+        raise UserError(f"{name!r} is no GPT-2: its weights lack {first_missing}")
+    return hf
+
+
+def silence_transformers():
+    """No progress bars and warnings: what matters of them is raised as an error."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def check_plain_gpt2(name, config):
+    """Raise UserError for an option that changes what is computed, and that our model does not have."""
+    allowed = {
+        "activation_function": tuple(GELU_OF),
+        "n_inner": (None, 4 * config.n_embd),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+        "add_cross_attention": (False,),
+    }
+    for key, values in allowed.items():
+        value = getattr(config, key)
+        if value not in values:
+            raise UserError(f"{name!r} is not plain GPT-2: its {key} is {value}, expected {values[0]}")
 
 
 def export_model(config, state, tokenizer, directory):
     """Write a new directory from which `transformers` loads model and tokenizer, with equal logits and greedy text.
 
     config: a GPTConfig; state: the model's state dict; rows of the embedding past the tokenizer's ids are cut. Raises
-    UserError where the directory can't be written, or is there already.
+    UserError where the directory can't be written, or exists already.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
     logging.disable_progress_bar()
-    n_vocab, eot = (tokenizer.n_vocab, tokenizer.eot_token) if tokenizer else (config.vocab_size, None)
-    with torch.device("meta"):  # its shapes alone: the weights are ours
-        hf = GPT2LMHeadModel(GPT2Config(
-            vocab_size=n_vocab, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-            n_head=config.n_head, activation_function="gelu_new" if config.gelu == "tanh" else "gelu", bos_token_id=eot,
-            eos_token_id=eot, embd_pdrop=config.dropout, resid_pdrop=config.dropout, attn_pdrop=config.dropout))
-    state = {k: v.t().contiguous() if k.endswith(TRANSPOSED) else v for k, v in state.items()}
-    state["transformer.wte.weight"] = state["lm_head.weight"] = state["lm_head.weight"][:n_vocab]
-    # transformers has no GPT-2 without biases: zeros are the same function
-    state = {k: state[k] if k in state else torch.zeros(v.shape) for k, v in hf.state_dict().items()}
-    hf.load_state_dict(state, assign=True)
+    n_vocab = tokenizer.n_vocab if tokenizer else config.vocab_size
+    eot = tokenizer.eot_token if tokenizer else None
+    hf = empty_transformers_model(config, n_vocab, eot)
+    hf.load_state_dict(to_transformers_state(state, hf, n_vocab), assign=True)
     hf.tie_weights()
     with atomic_directory(directory) as folder:
         hf.save_pretrained(folder)
         if tokenizer:
             export_tokenizer(tokenizer, folder, config.block_size)
+
+
+def empty_transformers_model(config, n_vocab, eot):
+    """transformers' model of the same sizes, on the meta device: shapes without memory."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=n_vocab,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            activation_function="gelu_new" if config.gelu == "tanh" else "gelu",
+            bos_token_id=eot,
+            eos_token_id=eot,
+            embd_pdrop=config.dropout,
+            resid_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+        ))
+
+
+def to_transformers_state(state, hf, n_vocab):
+    """Our state dict with transformers' layout, its padded vocabulary cut to n_vocab."""
+    ours = {}
+    for key, tensor in state.items():
+        ours[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
+    head = state["lm_head.weight"][:n_vocab]
+    ours["transformer.wte.weight"] = ours["lm_head.weight"] = head
+    # transformers has no GPT-2 without biases: zeros are the same function
+    for key, tensor in hf.state_dict().items():
+        if key not in ours:
+            ours[key] = torch.zeros(tensor.shape)
+    return {key: ours[key] for key in hf.state_dict()}
