@@ -27,6 +27,7 @@ from conftest import ROOT
 
 import fineweb
 from fineweb import prepare
+from gptlib import preparation
 from gptlib.common import UserError
 from gptlib.dataset import list_shards, open_shard, read_meta
 from gptlib.tokenizer import EOT, load_tokenizer
@@ -59,7 +60,7 @@ def bpe():
 
 
 def python_text():
-    return "".join((ROOT / name).read_text() for name in ("fineweb.py", "gptlib/tokenizer.py", "gptlib/sources.py"))
+    return "".join((ROOT / name).read_text() for name in ("fineweb.py", "gptlib/preparation.py", "gptlib/tokenizer.py"))
 
 
 def clean(text):
@@ -116,7 +117,7 @@ def fails(result, *words):
 def test_gpt2_pieces_are_those_of_openai(gpt2, ours, text):
     """Our spelling of the split pattern and the one call for many documents change no token."""
     enc = ours
-    tokens, marks = fineweb.encode_chunk(enc, [text, "second", text])
+    tokens, marks = preparation.encode_chunk(enc, [text, "second", text])
     one = [50256, *gpt2.encode_ordinary(text)]
     assert tokens.tolist() == one + [50256, *gpt2.encode_ordinary("second")] + one
     assert (enc.eot_token, enc.n_vocab) == (50256, 50257) and len(marks) == 3
@@ -257,7 +258,7 @@ def test_document_longer_than_a_shard(gpt2, tmp_path):
 def test_a_million_spaces(bpe):
     """GPT-2's pattern overflows the stack of tiktoken's regex here; the text must come through."""
     for text in (" " * 1_100_000 + "x", "x" + "\n" * 1_100_000):
-        tokens, _ = fineweb.encode_chunk(bpe, ["before", text, "after"])
+        tokens, _ = preparation.encode_chunk(bpe, ["before", text, "after"])
         assert bpe.decode(tokens.tolist()) == EOT + "before" + EOT + text + EOT + "after"
 
 
@@ -379,13 +380,13 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import fineweb
-from gptlib import common, dataset
+from gptlib import common, dataset, preparation
 write = common.atomic_write
 def slow(path, content):
     write(path, content)
     print(path, flush=True)
     time.sleep(0.05)
-fineweb.atomic_write = dataset.atomic_write = slow
+fineweb.atomic_write = dataset.atomic_write = preparation.atomic_write = slow
 if __name__ == "__main__":
     common.run_main(fineweb.main)
 """
@@ -500,7 +501,7 @@ def test_unreadable_files(tmp_path, name, words):
 
 
 def test_a_wrong_line_keeps_the_whole_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "CHUNK", 200)
+    monkeypatch.setattr(preparation, "CHUNK", 200)
     source = write_jsonl(tmp_path / "a.jsonl", some_documents(500))
     kwargs = {"source": "files", "files": str(source), "tokenizer": "bpe", "vocab_size": 300, "shard_size": 2000}
     prepare(tmp_path / "data", **kwargs)
@@ -654,7 +655,7 @@ def test_memory_is_bounded_by_chunks_in_flight(bpe):
             read += 1
             yield "x y " * 2**18  # a chunk each
 
-    stream = fineweb.encode_stream(bpe, documents(), 2)
+    stream = preparation.encode_stream(bpe, documents(), 2)
     for consumed in range(1, 6):
         next(stream)
         time.sleep(0.01)
