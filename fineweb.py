@@ -1,4 +1,4 @@
-"""
+r"""
 Text -> tokens -> uint16 shards: the command that makes a dataset directory.
 
 FineWeb-Edu, 10B tokens as 100 shards of the GPT-2 tokenizer (20 GB) in edu_fineweb10B/, and one of
@@ -7,12 +7,13 @@ $ python fineweb.py
 $ python fineweb.py --name sample-100BT --data_root edu_fineweb100B
 Any other text on the Hugging Face Hub, or in a local directory of the same layout, here with a
 tokenizer trained on it:
-$ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe --vocab_size 32768 --data_root ja
+$ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe \
+      --vocab_size 32768 --data_root ja
 Your own files (.txt and .md: one document a file; .jsonl, .json.gz and .parquet: one a row):
 $ python fineweb.py --files "books/**/*.txt" --data_root books
 The same with the tokenizer of a checkpoint (or of another dataset, or of a Hugging Face directory),
 to fine-tune that model:
-$ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root books_for_it
+$ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root tuning
 The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 
@@ -31,7 +32,7 @@ from gptlib.common import ArgumentParser, UserError, atomic_write, run_main
 from gptlib.dataset import list_shards, read_meta
 from gptlib.preparation import ShardWriter, encode_stream, training_text
 from gptlib.sources import FINEWEB, open_source
-from gptlib.tokenizer import EOT, dump_ranks, load_tokenizer, train_bpe
+from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
 
 def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
@@ -131,7 +132,7 @@ def begin_dataset(root, settings, read):
         enc = named_tokenizer(settings["tokenizer"])
         make_directory(root)
     if enc.name != "gpt2":
-        ranks = dump_ranks(enc._mergeable_ranks)
+        ranks = tokenizer_to_dict(enc)["ranks"]
         atomic_write(root / "tokenizer.tiktoken", lambda f: f.write(ranks))
     meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
             "source": settings["source"], "settings": settings, "trained_within": trained_within,
@@ -163,7 +164,7 @@ def train_tokenizer(settings, read):
 
 
 def named_tokenizer(name):
-    """The tokenizer of "gpt2", a checkpoint file, a dataset directory or a Hugging Face directory."""
+    """The tokenizer of "gpt2", a checkpoint file, a dataset or a Hugging Face directory."""
     spec = name
     if Path(name).is_file():
         # imported here because nothing else needs torch, which takes a second to import

@@ -49,7 +49,7 @@ def encode_chunk(enc, texts):
 def encode_difficult_document(enc, text):
     """encode_chunk of one document that tiktoken refuses as it is."""
     repaired = replace_surrogates(text)
-    # Long runs of whitespace are tokenized by themselves, so that the regex stays within its stack.
+    # Tokenize long runs of whitespace by themselves, so that the regex stays within its stack.
     parts = re.split(r"(\s{100000})", repaired)
     tokens = [enc.encode_to_numpy(part, disallowed_special=()) for part in parts]
     tokens = np.concatenate([[enc.eot_token], *tokens])
@@ -63,7 +63,7 @@ def encode_stream(enc, documents, num_proc):
     lock, so no text is copied between processes, the platform's start method does not matter, and
     no process is left behind when this one is killed.
     """
-    # Enough chunks to keep the threads busy while a shard is written, and few enough to bound memory.
+    # Enough chunks to keep the threads busy while a shard is written, few enough to bound memory.
     max_queued = num_proc + 16
     with ThreadPoolExecutor(num_proc) as pool:
         queue, texts, size = deque(), [], 0
@@ -236,7 +236,7 @@ class ShardWriter:
         return tokens
 
     def write_small_corpus(self, tokens):
-        """Shuffle the documents of a whole corpus, then write its end as val and the rest as train."""
+        """Shuffle the documents of a whole corpus; write its end as val and the rest as train."""
         if len(tokens) < 2:
             source = self.settings["source"]
             raise UserError(f"{source}: {len(tokens)} tokens in all, too few for two splits")
