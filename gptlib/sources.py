@@ -13,78 +13,119 @@ from pathlib import Path
 
 from gptlib.common import UserError
 
-
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+
+# Folders of the standard library with tests, tables of code pages, and what some systems leave out.
+NOT_EVERYWHERE = {
+    "test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings",
+    "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
 
 
 def open_source(source, files, dataset, name, column):
-    """Return a description, which tells any two sources apart, and read(skip), an iterator of documents (str)."""
+    """Find the text that the command line describes, without reading it yet.
+
+    Returns (description, read): a line that differs for any two sources, and a function read(skip)
+    that returns an iterator of documents (str) without the first `skip`. Raises UserError where no
+    file is found.
+    """
     if source == "fineweb":
-        return f"{dataset}, {name or 'default'}, column {column}", lambda skip: read_hub(dataset, name, column, skip)
+        description = f"{dataset}, {name or 'default'}, column {column}"
+        return description, lambda skip: read_hub(dataset, name, column, skip)
     if source == "files":
-        paths = [path for path in sorted(glob.glob(os.path.expanduser(files or ""), recursive=True))
-                 if os.path.isfile(path)]
-        digest = hashlib.sha256(repr([(path, os.path.getsize(path)) for path in paths]).encode()).hexdigest()[:12]
+        paths = matching_files(files or "")
+        names_and_sizes = [(path, os.path.getsize(path)) for path in paths]
+        digest = hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()[:12]
         description = f"{files}, column {column}: {len(paths)} files, names and sizes {digest}"
     elif source == "stdlib":
         paths = stdlib_files()
-        description = f"standard library of Python {sys.version.split()[0]}: {len(paths)} files"
+        version = sys.version.split()[0]
+        description = f"standard library of Python {version}: {len(paths)} files"
     else:
         raise UserError(f"--source {source}: expected fineweb, files or stdlib")
     if not paths:
-        raise UserError(f"--source {source} --files {files}: no files found; check the pattern, and quote it")
-    return description, lambda skip: itertools.islice((text for path in paths for text in read_file(path, column)),
-                                                      skip, None)
+        raise UserError(f"--source {source} --files {files}: no files found; check the pattern, "
+                        "and quote it")
+    return description, lambda skip: itertools.islice(read_files(paths, column), skip, None)
+
+
+def matching_files(pattern):
+    """The files that match a glob pattern, sorted; ** matches any folders, ~ is the home folder."""
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return [path for path in sorted(found) if os.path.isfile(path)]
 
 
 def stdlib_files():
-    """The .py files of the standard library that are on every installation, sorted: no tests, no tables of code pages."""
-    skip = {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings", "idlelib",
-            "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
+    """The .py files of the standard library that every installation has, sorted."""
     found = []
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith("config-")]
-        found += [os.path.join(folder, name) for name in names
-                  if name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize"))]
+        # os.walk goes on into what is left in this list
+        folders[:] = [name for name in folders
+                      if name not in NOT_EVERYWHERE and not name.startswith("config-")]
+        for name in names:
+            of_this_machine = name.startswith(("_sysconfigdata", "sitecustomize"))
+            if name.endswith(".py") and not of_this_machine:
+                found.append(os.path.join(folder, name))
     return sorted(found)
 
 
-def text_of(value, column, where):
-    """A document from a row: null is an empty one."""
-    if not isinstance(value, str | None):
-        raise UserError(f"{where}: {column!r} is {value!r:.60}, not text; name the text by --column")
-    return value or ""
+def read_files(paths, column):
+    for path in paths:
+        yield from read_file(path, column)
 
 
 def read_file(path, column):
-    """Yield the documents of a file. Raises UserError, with the line where there is one."""
+    """Yield the documents of a file.
+
+    column: the key or column that holds the text of .jsonl and .parquet. Raises UserError for what
+    cannot be read, naming the line where there are lines.
+    """
     where = path
     try:
         if path.endswith((".txt", ".md", ".py")):
             yield Path(path).read_bytes().decode()
         elif path.endswith((".jsonl", ".json.gz", ".jsonl.gz")):
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+            open_lines = gzip.open if path.endswith(".gz") else open
+            with open_lines(path, "rb") as f:
                 for number, line in enumerate(f, 1):
                     where = f"{path}, line {number}"
                     if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict) or column not in row:
-                            raise UserError(f"{where}: no {column!r} in {line[:60]!r}; name the text by --column")
-                        yield text_of(row[column], column, where)
+                        yield text_of_line(line, column, where)
         elif path.endswith(".parquet"):
-            import pyarrow.parquet
-            with pyarrow.parquet.ParquetFile(path) as f:
-                if column not in f.schema_arrow.names:
-                    raise UserError(f"{path}: no column {column!r} in {f.schema_arrow.names}; name one by --column")
-                for batch in f.iter_batches(1024, columns=[column]):
-                    for text in batch[0].to_pylist():
-                        yield text_of(text, column, where)
+            yield from read_parquet(path, column)
         else:
-            raise UserError(f"{path}: expected .txt, .md, .jsonl, .json.gz or .parquet; narrow --files")
+            raise UserError(f"{path}: expected .txt, .md, .jsonl, .json.gz or .parquet; "
+                            "narrow --files")
     except UserError:
         raise
     except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
-        raise UserError(f"{where}: cannot read it ({error}). Mend it, or leave it out of --files") from error
+        raise UserError(f"{where}: cannot read it ({error}). Repair it, or leave it out of "
+                        "--files") from error
+
+
+def text_of_line(line, column, where):
+    row = json.loads(line)
+    if not isinstance(row, dict) or column not in row:
+        raise UserError(f"{where}: no {column!r} in {line[:60]!r}; name the text by --column")
+    return text_of(row[column], column, where)
+
+
+def text_of(value, column, where):
+    """The document in a row's column; null is an empty document."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{where}: {column!r} is {value!r:.60}, not text; name the text by "
+                        "--column")
+    return value or ""
+
+
+def read_parquet(path, column):
+    import pyarrow.parquet
+    with pyarrow.parquet.ParquetFile(path) as f:
+        names = f.schema_arrow.names
+        if column not in names:
+            raise UserError(f"{path}: no column {column!r} in {names}; name one by --column")
+        for batch in f.iter_batches(1024, columns=[column]):
+            for text in batch[0].to_pylist():
+                yield text_of(text, column, path)
 
 
 def read_hub(dataset, name, column, skip):
@@ -92,14 +133,17 @@ def read_hub(dataset, name, column, skip):
     from datasets import load_dataset
     try:
         rows = load_dataset(dataset, name=name, split="train", streaming=True)
+        # Some formats name their columns only in the rows. An empty dataset has every column.
         columns = rows.column_names or list(next(iter(rows), {column: ""}))
         if column not in columns:
             raise UserError(f"{dataset}: no column {column!r} in {columns}; name one by --column")
-        for table in rows.select_columns([column]).skip(skip).with_format("arrow").iter(1024):
+        rows = rows.select_columns([column]).skip(skip).with_format("arrow")
+        for table in rows.iter(1024):
             for text in table[column].to_pylist():
                 yield text_of(text, column, dataset)
     except UserError:
         raise
-    except Exception as error:  # the Hub, the network, a broken file: dozens of kinds
-        raise UserError(f"cannot read dataset {dataset} ({name or 'default'}): {type(error).__name__}: {error}. Whole "
-                        "shards are kept: mend it and run the same command again") from error
+    except Exception as error:  # the Hub, the network, a damaged file: dozens of classes
+        raise UserError(f"cannot read dataset {dataset} ({name or 'default'}): "
+                        f"{type(error).__name__}: {error}. Finished shards are kept: repair it "
+                        "and run the same command again") from error

@@ -1,0 +1,312 @@
+"""Documents -> tokens -> shards: tokenizing on all cores, and the writer of a dataset directory."""
+
+import json
+import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from gptlib.common import UserError, atomic_write
+from gptlib.dataset import save_shard
+from gptlib.tokenizer import EOT
+
+# -----------------------------------------------------------------------------
+# documents -> tokens
+
+CHUNK = 2**20  # characters that a thread tokenizes at a time
+EMPTY, REPAIRED = 1, 2  # what a document is marked with; 0 for an ordinary one
+
+
+def replace_surrogates(text):
+    """Replace lone surrogates, which UTF-8 cannot hold, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encode_chunk(enc, texts):
+    """Tokenize a list of documents.
+
+    Returns their uint16 tokens with EOT before each document, and bytes with one mark a document.
+    """
+    try:
+        if any(EOT in text for text in texts):
+            raise ValueError("the separator is in the text")
+        # One call for all documents: it makes no Python object per token, and it releases the
+        # interpreter lock while it works.
+        joined = EOT.join(["", *texts])
+        tokens = enc.encode_to_numpy(joined, allowed_special={EOT})
+        return tokens.astype(np.uint16), bytes(EMPTY * (not text) for text in texts)
+    except ValueError:
+        # Besides the separator, tiktoken refuses lone surrogates and a million spaces in a row,
+        # which overflow the stack of its regex. Find the document by trying each alone.
+        if len(texts) == 1:
+            return encode_difficult_document(enc, texts[0])
+    results = [encode_chunk(enc, [text]) for text in texts]
+    tokens, marks = zip(*results, strict=True)
+    return np.concatenate(tokens), b"".join(marks)
+
+
+def encode_difficult_document(enc, text):
+    """encode_chunk of one document that tiktoken refuses as it is."""
+    repaired = replace_surrogates(text)
+    # Tokenize long runs of whitespace by themselves, so that the regex stays within its stack.
+    parts = re.split(r"(\s{100000})", repaired)
+    tokens = [enc.encode_to_numpy(part, disallowed_special=()) for part in parts]
+    tokens = np.concatenate([[enc.eot_token], *tokens])
+    return tokens.astype(np.uint16), bytes([REPAIRED * (repaired != text)])
+
+
+def encode_stream(enc, documents, num_proc):
+    """Yield encode_chunk of about CHUNK characters of documents at a time, in order.
+
+    num_proc threads tokenize. Threads and not processes: tiktoken works outside the interpreter
+    lock, so no text is copied between processes, the platform's start method does not matter, and
+    no process is left behind when this one is killed.
+    """
+    # Enough chunks to keep the threads busy while a shard is written, few enough to bound memory.
+    max_queued = num_proc + 16
+    with ThreadPoolExecutor(num_proc) as pool:
+        queue, texts, size = deque(), [], 0
+        for text in documents:
+            texts.append(text)
+            size += len(text) + 1
+            if size < CHUNK:
+                continue
+            queue.append(pool.submit(encode_chunk, enc, texts))
+            texts, size = [], 0
+            if len(queue) > max_queued:
+                yield queue.popleft().result()
+        if texts:
+            queue.append(pool.submit(encode_chunk, enc, texts))
+        while queue:
+            yield queue.popleft().result()
+
+
+# -----------------------------------------------------------------------------
+# sizes of tokens in bytes of text
+
+
+def byte_lengths(enc):
+    """The bytes of text of each token id, as uint16 (vocab_size,); EOT has none."""
+    lengths = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
+    lengths[enc.eot_token] = 0
+    return np.array(lengths, dtype=np.uint16)
+
+
+def measure(token_sizes, tokens, limit=2**63 - 1):
+    """Count the leading tokens that fit into `limit` bytes of text.
+
+    token_sizes: as byte_lengths returns them. Returns (number of tokens, their bytes of text).
+    """
+    fit = size = 0
+    step = 2**20  # in pieces, because numpy turns every index into an int64
+    for i in range(0, len(tokens), step):
+        ends = size + np.cumsum(token_sizes[tokens[i:i + step]], dtype=np.int64)
+        n = int(np.searchsorted(ends, limit, side="right"))
+        fit += n
+        if n:
+            size = int(ends[n - 1])
+        if n < len(ends):
+            break
+    return fit, size
+
+
+# -----------------------------------------------------------------------------
+# the text that a tokenizer is trained on
+
+
+def bytes_within(sizes, limit):
+    """How many bytes of each document lie within the first `limit` bytes of all documents."""
+    begins = np.cumsum(sizes) - sizes
+    return np.clip(limit - begins, 0, sizes)
+
+
+def cut_documents(documents, begins, ends):
+    """Yield bytes begins[i] to ends[i] of each document i, as strings of at most 1 MiB.
+
+    Short strings, because the trainer takes many bytes of memory for each one that it reads.
+    """
+    for text, begin, end in zip(documents, begins, ends, strict=False):
+        if begin >= end:
+            continue
+        data = replace_surrogates(text).encode()
+        for i in range(begin, end, 2**20):
+            yield data[i:min(i + 2**20, end)].decode("utf-8", "ignore")
+
+
+def training_text(read, shard_size, val_fraction, seed, max_bytes=10**8):
+    """Choose up to max_bytes of text of the train split to train a tokenizer on.
+
+    The train split is defined by counts of tokens, which do not exist before the tokenizer does.
+    So text is taken only from where it is in the train split for any tokenizer. If the corpus may
+    fill two shards, its first half may be validation; if it may not, the end of its seeded order
+    may be. The split that is made later keeps its side of the agreement: validation lies within
+    the first `head` bytes as read, or beyond the first `tail` bytes of the seeded order.
+
+    Returns (strings, head, tail): an iterator of str, and None for a case that is ruled out.
+    """
+    large_for_sure = 12 * shard_size  # bytes: two shards, at six bytes a token
+    sizes, total = [], 0
+    for text in read(0):
+        size = len(text) if text.isascii() else len(replace_surrogates(text).encode())
+        sizes.append(size)
+        total += size
+        if total > large_for_sure:
+            break
+    sizes = np.array(sizes, dtype=np.int64)
+    begins, ends = np.zeros_like(sizes), sizes.copy()
+    head = tail = None
+    # Every token but EOT has at least one byte, so fewer bytes than this cannot fill two shards.
+    if total + len(sizes) >= 2 * shard_size:
+        head = total // 2
+        begins = bytes_within(sizes, head)
+    if total <= large_for_sure:
+        # A margin of 5 %, so that the cut at --val_fraction of the tokens seldom has to move.
+        tail = int(0.95 * (1 - val_fraction) * total)
+        order = np.random.default_rng(seed).permutation(len(sizes))
+        ends[order] = bytes_within(sizes[order], tail)
+    wanted = np.maximum(ends - begins, 0)
+    ends = begins + bytes_within(wanted, max_bytes)
+    return cut_documents(read(0), begins, ends), head, tail
+
+
+# -----------------------------------------------------------------------------
+# tokens -> shards
+
+COUNTS = ("tokens", "bytes", "documents", "empty", "repaired")  # of a shard, in meta.json
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards and keeps meta.json in step with them.
+
+    A corpus of two shards or more is large: it is written in the order of reading, and shard 0 is
+    validation. A smaller one is kept in memory to its end, put in a seeded order, and the last
+    --val_fraction of its tokens is validation.
+
+    root: the dataset directory. meta: the contents of meta.json, which save_meta writes.
+    finished_shards: the records in meta of the shards that an interrupted run has completed.
+    """
+
+    def __init__(self, root, meta, enc, finished_shards):
+        self.root, self.meta = root, meta
+        self.settings = meta["settings"]
+        self.shard_size = self.settings["shard_size"]
+        self.eot = enc.eot_token
+        self.token_sizes = byte_lengths(enc)
+        self.head, self.tail = (meta["trained_within"][key] for key in ("head", "tail"))
+        # A large corpus continues after its last finished shard. A small one is tokenized again.
+        self.shards = finished_shards if meta["order"] == "as read" else []
+        self.is_large = bool(self.shards) or (self.head is not None and self.tail is None)
+        self.pending, self.num_pending = [], 0  # arrays of tokens that are in no shard yet
+        self.marks = bytearray()  # of the documents that begin in pending tokens
+
+    def position(self):
+        """Where a continued run goes on: (documents to skip, tokens of the next one to skip)."""
+        if not self.shards:
+            return 0, 0
+        documents = sum(shard["documents"] for shard in self.shards)
+        return documents - 1, self.shards[-1]["begun"]
+
+    def add(self, tokens, marks):
+        """Take the next tokens of the corpus and the marks of the documents that begin in them."""
+        self.pending.append(tokens)
+        self.num_pending += len(tokens)
+        self.marks += marks
+        known_large = self.is_large and self.shards
+        if self.num_pending < self.shard_size * (1 if known_large else 2):
+            return
+        self.is_large, self.meta["order"] = True, "as read"
+        tokens = self.write_shards(self.take_pending(), min_tokens=self.shard_size)
+        # A copy, because a slice would keep the written shards in memory.
+        self.pending, self.num_pending = [tokens.copy()], len(tokens)
+
+    def finish(self):
+        """Write what is pending; meta.json then says that the dataset is complete."""
+        if self.is_large:
+            self.meta["order"] = "as read"
+            self.write_shards(self.take_pending(), min_tokens=1)
+        else:
+            self.meta["order"] = "seeded"
+            self.write_small_corpus(self.take_pending())
+        self.save_meta(complete=True)
+
+    def take_pending(self):
+        tokens = np.concatenate([np.empty(0, np.uint16), *self.pending])
+        self.pending, self.num_pending = [], 0
+        return tokens
+
+    def write_small_corpus(self, tokens):
+        """Shuffle the documents of a whole corpus; write its end as val and the rest as train."""
+        if len(tokens) < 2:
+            source = self.settings["source"]
+            raise UserError(f"{source}: {len(tokens)} tokens in all, too few for two splits")
+        documents = np.split(tokens, np.flatnonzero(tokens == self.eot)[1:])
+        order = np.random.default_rng(self.settings["seed"]).permutation(len(documents))
+        tokens = np.concatenate([documents[i] for i in order])
+        cut = len(tokens) - round(self.settings["val_fraction"] * len(tokens))
+        if self.tail is not None:
+            # Move the cut past the token in which the text ends that the tokenizer has seen.
+            cut = max(cut, measure(self.token_sizes, tokens, self.tail - 1)[0] + 1)
+        cut = min(max(cut, 1), len(tokens) - 1)  # at least one token in each split
+        num_train = np.count_nonzero(tokens[:cut] == self.eot)  # documents that begin in train
+        val_first = [*order[num_train:], *order[:num_train]]
+        self.marks = bytearray(self.marks[i] for i in val_first)
+        tokens = np.concatenate([tokens[cut:], tokens[:cut]])
+        self.write_shards(tokens, min_tokens=1, val_size=len(tokens) - cut)
+
+    def write_shards(self, tokens, min_tokens, val_size=None):
+        """Write shards while at least min_tokens are left. Returns the tokens that are left.
+
+        val_size: tokens of shard 0, where that differs from the other shards.
+        """
+        while len(tokens) >= min_tokens:
+            size = self.shard_size
+            if not self.shards:
+                size = val_size or size
+                if self.is_large and self.head is not None:
+                    # The tokenizer may have seen what follows the first `head` bytes.
+                    within_head, _ = measure(self.token_sizes, tokens, self.head)
+                    size = max(1, min(size, within_head))
+            self.write_shard(tokens[:size])
+            tokens = tokens[size:]
+        return tokens
+
+    def write_shard(self, tokens):
+        """Add a shard to meta.json, then write the shard."""
+        split = "train" if self.shards else "val"
+        path = self.root / f"{self.settings['prefix']}_{split}_{len(self.shards):06d}.npy"
+        starts = np.flatnonzero(tokens == self.eot)
+        num_documents = len(starts)
+        if num_documents:
+            last_doc_tokens = len(tokens) - int(starts[-1])
+        else:  # the middle of a long document
+            last_doc_tokens = len(tokens) + (self.shards[-1]["begun"] if self.shards else 0)
+        self.shards.append({
+            "name": path.name,
+            "tokens": len(tokens),
+            "bytes": measure(self.token_sizes, tokens)[1],
+            "documents": num_documents,
+            "empty": self.marks.count(EMPTY, 0, num_documents),
+            "repaired": self.marks.count(REPAIRED, 0, num_documents),
+            # Tokens of the last document so far: a continued run skips that many of it.
+            "begun": last_doc_tokens,
+        })
+        del self.marks[:num_documents]
+        self.save_meta()  # before the shard, so that every shard on disk has its record
+        if not path.exists():
+            save_shard(path, tokens)
+
+    def save_meta(self, complete=False):
+        train, val = self.totals("train"), self.totals("val")
+        for unit in ("tokens", "bytes"):
+            self.meta[unit] = {"train": train[unit], "val": val[unit]}
+        self.meta |= {"shards": self.shards, "complete": complete}
+        text = json.dumps(self.meta, indent=2, ensure_ascii=False) + "\n"
+        atomic_write(self.root / "meta.json", lambda f: f.write(text.encode()))
+
+    def totals(self, split=None):
+        """The counts of all shards added up, or of the shards of a split."""
+        shards = self.shards
+        if split:
+            shards = [shard for shard in shards if f"_{split}_" in shard["name"]]
+        return {key: sum(shard[key] for shard in shards) for key in COUNTS}

@@ -1,0 +1,70 @@
+"""
+python -m pytest tests/test_preparation.py
+
+Documents to tokens, chunk by chunk, against tiktoken's plain method.
+"""
+
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from corpus import ODD, openai_gpt2, small_bpe
+
+from gptlib.preparation import encode_chunk, encode_stream
+from gptlib.tokenizer import EOT, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return openai_gpt2()
+
+
+@pytest.fixture(scope="module")
+def ours(gpt2):
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return small_bpe()
+
+
+@example(text=" ".join(ODD).replace("\ud800", ""))
+@settings(max_examples=300, deadline=None, database=None)
+@given(text=st.text(st.sampled_from(" \n\t\r\u00a0\u3000\x1cab'stdl19.,<|>中の")
+                    | st.characters(), max_size=60))
+def test_gpt2_pieces_are_those_of_openai(gpt2, ours, text):
+    """Our spelling of the split pattern, or the one call for many documents, changes a token."""
+    tokens, marks = encode_chunk(ours, [text, "second", text])
+    one = [50256, *gpt2.encode_ordinary(text)]
+    assert tokens.tolist() == one + [50256, *gpt2.encode_ordinary("second")] + one
+    assert ours.eot_token == 50256
+    assert ours.n_vocab == 50257
+    assert len(marks) == 3
+
+
+def test_a_million_spaces(bpe):
+    """GPT-2's pattern overflows the stack of tiktoken's regex, and the text is lost."""
+    for text in (" " * 1_100_000 + "x", "x" + "\n" * 1_100_000):
+        tokens, _ = encode_chunk(bpe, ["before", text, "after"])
+        assert bpe.decode(tokens.tolist()) == EOT + "before" + EOT + text + EOT + "after"
+
+
+def test_memory_is_bounded_by_chunks_in_flight(bpe):
+    """The reader runs far ahead of the consumer, and a long corpus fills the memory."""
+    read = 0
+
+    def documents():
+        nonlocal read
+        for _ in range(200):
+            read += 1
+            yield "x y " * 2**18  # a chunk each
+
+    stream = encode_stream(bpe, documents(), 2)
+    for consumed in range(1, 6):
+        next(stream)
+        time.sleep(0.01)
+        assert read <= consumed + 2 + 17
+    stream.close()
