@@ -64,7 +64,7 @@ def parse_flags():
 
 
 def load_model(source):
-    """The model and the tokenizer of a checkpoint file, a GPT-2 name or a Hugging Face directory."""
+    """Model and tokenizer of a checkpoint file, a GPT-2 name or a Hugging Face directory."""
     checkpoint = load_checkpoint(source)
     model = GPT.from_checkpoint(checkpoint)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
