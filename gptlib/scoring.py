@@ -1,31 +1,37 @@
-"""HellaSwag: its examples, the losses of their endings, accuracies. Owns the scoring rule."""
+"""HellaSwag: its examples, the losses of their endings, and the accuracies that follow from them.
 
+This is the only scorer of the repository: hellaswag.py, the training loop and bench.py use it.
+"""
+
+import contextlib
 import http.client
 import json
 import random
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from gptlib.common import UserError, atomic_write
-
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 CACHE = Path(__file__).resolve().parent.parent / "hellaswag" / "hellaswag_val.jsonl"
 
 
 # -----------------------------------------------------------------------------
-# the data
+# the examples
 
 
 def load_examples(path=""):
-    """The examples of a HellaSwag jsonl file as dicts with ctx, endings and label; without a path the validation set.
+    """Read the examples of a HellaSwag jsonl file: a list of dicts with ctx, endings and label.
 
-    That one is downloaded once and kept beside this script. Raises UserError for a file that can't be had or is broken.
+    Without a path, the validation set is downloaded once and kept in the folder hellaswag/ beside
+    the scripts. Raises UserError for a file that cannot be read or downloaded, or that is broken.
     """
     if not path and not CACHE.exists():
         download(URL, CACHE)
@@ -45,38 +51,43 @@ def load_examples(path=""):
     return examples
 
 
-def parse_example(line, where):
-    """A line of the file as a dict; raises UserError saying where and what it is that no example has."""
+def parse_example(line, location):
+    """Read one line of the file into a dict. Raises UserError with the location if it is wrong."""
     try:
         example = json.loads(line)
     except ValueError as e:
-        raise UserError(f"{where}: broken JSON ({e})") from e
+        raise UserError(f"{location}: broken JSON ({e})") from e
     if not isinstance(example, dict):
-        raise UserError(f"{where}: expected an object with ctx, endings and label")
-    ctx, endings, label = (example.get(k) for k in ("ctx", "endings", "label"))
+        raise UserError(f"{location}: expected an object with ctx, endings and label")
+
+    ctx = example.get("ctx")
     if not isinstance(ctx, str) or not ctx:
-        raise UserError(f"{where}: ctx is {ctx!r}, expected the text that the endings continue")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
-        raise UserError(f"{where}: endings is {str(endings)[:100]!r}, expected a list of 4 texts")
+        raise UserError(f"{location}: ctx is {ctx!r}, expected the text that the endings continue")
+
+    endings = example.get("endings")
+    is_list_of_4 = isinstance(endings, list) and len(endings) == 4
+    if not is_list_of_4 or not all(isinstance(ending, str) for ending in endings):
+        found = repr(str(endings)[:100])
+        raise UserError(f"{location}: endings is {found}, expected a list of 4 texts")
+
+    label = example.get("label")
     if type(label) is not int or not 0 <= label < 4:
-        raise UserError(f"{where}: label is {label!r}, expected the number of the right ending, 0 to 3")
+        raise UserError(f"{location}: label is {label!r}, "
+                        "expected the number of the right ending, 0 to 3")
     return example
 
 
 def download(url, path):
-    remedy = f"Give a copy of the file with --data (of train_gpt2.py: --hellaswag_data), or put one at {path}"
+    """Download a file with a progress bar. Raises UserError if that fails; then nothing is left."""
+    remedy = ("Give a copy of the file with --data (of train_gpt2.py: --hellaswag_data), "
+              f"or put one at {path}")
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            total = int(response.headers.get("Content-Length") or 0)
-            data = bytearray()
-            with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-                while piece := response.read(1 << 16):
-                    data += piece
-                    bar.update(len(piece))
+        data, expected_size = read_url(url, path.name)
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot download {url} ({e}). {remedy}") from e
-    if len(data) < total:
-        raise UserError(f"the download of {url} ended after {len(data)} of {total} bytes: try again. {remedy}")
+    if len(data) < expected_size:
+        raise UserError(f"the download of {url} ended after {len(data)} of {expected_size} bytes: "
+                        f"try again. {remedy}")
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as e:
@@ -84,116 +95,258 @@ def download(url, path):
     atomic_write(path, lambda f: f.write(data))
 
 
+def read_url(url, title):
+    """Read a URL to its end. Returns the bytes and the announced size, 0 where there is none."""
+    data = bytearray()
+    with urllib.request.urlopen(url, timeout=30) as response:
+        size = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=size, desc=title, unit="B", unit_scale=True, leave=False,
+                  disable=None) as bar:
+            while chunk := response.read(1 << 16):
+                data += chunk
+                bar.update(len(chunk))
+    return data, size
+
+
 # -----------------------------------------------------------------------------
-# the scoring rule
+# tokens and batches
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Examples as tokens, cut to a block size: encode once, evaluate often."""
+    block_size: int
+    rows: list  # for each example (context tokens, [tokens of each ending])
+    labels: list  # for each example the number of the right ending
+    n_cut: int  # how many examples were too long for the block size
 
 
 def encode(example, tokenizer):
-    """(context tokens, list of the endings' tokens). An ending takes the space before it, as GPT-2's tokens do."""
-    return (tokenizer.encode_ordinary(example["ctx"]),
-            [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]])
+    """The tokens of one example: (context tokens, [tokens of each ending]).
+
+    An ending is encoded with the space before it, because in GPT-2's vocabulary the space
+    belongs to the word that follows.
+    """
+    context = tokenizer.encode_ordinary(example["ctx"])
+    endings = [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]
+    return context, endings
 
 
 def fit(context, endings, block_size):
-    """The same, cut so that the context with any of the endings fits the model.
+    """Cut the tokens of an example so that the context with any one ending fits the block size.
 
-    The context is cut from the left; an ending that leaves no room for a token of context, from the right.
+    The context is cut from the left. An ending that would leave no room for even one token of
+    context is cut from the right.
     """
-    longest = max(map(len, endings))
-    return context[-max(block_size - longest, 1):], [ending[:max(block_size - 1, 1)] for ending in endings]
+    longest = max(len(ending) for ending in endings)
+    context = context[-max(block_size - longest, 1):]
+    endings = [ending[:max(block_size - 1, 1)] for ending in endings]
+    return context, endings
+
+
+def encode_examples(examples, tokenizer, block_size):
+    """Encode examples (dicts of load_examples) for a model of this block size: EncodedExamples."""
+    rows = []
+    n_cut = 0
+    for example in examples:
+        full = encode(example, tokenizer)
+        row = fit(*full, block_size)
+        n_cut += row != full
+        rows.append(row)
+    labels = [example["label"] for example in examples]
+    return EncodedExamples(block_size, rows, labels, n_cut)
 
 
 def row_length(context, endings):
-    return len(context) + sum(map(len, endings)) - len(endings)  # the last token of an ending is predicted, never read
+    """The tokens that the model reads: an ending's last token is predicted, but never read."""
+    return len(context) + sum(len(ending) - 1 for ending in endings)
 
 
-def make_batches(encoded, batch_tokens):
-    """Lists of indices into encoded, of similar row lengths and up to batch_tokens tokens with their padding."""
-    lengths = [row_length(*e) for e in encoded]
+def make_batches(rows, batch_tokens):
+    """Group examples of similar length: lists of indices into rows, each index exactly once.
+
+    A batch has at most batch_tokens tokens, padding included, or one example that is longer. The
+    result depends on the arguments alone, so that all ranks find the same batches.
+    """
+    lengths = [row_length(*row) for row in rows]
+    longest_first = sorted(range(len(rows)), key=lambda i: -lengths[i])
     batches = []
-    for i in sorted(range(len(encoded)), key=lambda i: -lengths[i]):  # stable: the same whatever the machine
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+    for i in longest_first:
+        if batches:
+            padded_length = lengths[batches[-1][0]]  # the first of a batch is its longest
+            has_room = (len(batches[-1]) + 1) * padded_length <= batch_tokens
+        if not batches or not has_room:
             batches.append([])
         batches[-1].append(i)
-    random.Random(0).shuffle(batches)  # so that the running accuracy is not that of the longest; own generator
+    # Long examples score differently. In random order the running accuracy tells something early.
+    # A generator of its own leaves Python's global one, and so training, as it was.
+    random.Random(0).shuffle(batches)
     return batches
+
+
+# -----------------------------------------------------------------------------
+# the losses
+
+
+@contextlib.contextmanager
+def without_cudnn_attention(device):
+    """Keep attention from using cuDNN where shapes vary; on anything but CUDA this does nothing.
+
+    cuDNN makes an execution plan for each new shape, and of HellaSwag's batches nearly every one
+    has a new shape. The other backends that are enabled stay so (torch.nn.attention.sdpa_kernel).
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    is_enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    backends = [backend for backend, enabled in is_enabled.items() if enabled]
+    with sdpa_kernel(backends or [SDPBackend.MATH]):
+        yield
+
+
+def pack_row(context, endings):
+    """Lay the context and the four endings of an example side by side in one row of tokens.
+
+    Returns five lists. As long as the row: tokens, their positions (every ending starts where the
+    context ends) and their segments (0 is the context, endings count from 1). As long as all
+    endings together: the places in the row from which a token is predicted, and that token.
+    """
+    n = len(context)
+    assert n > 0, "without a context nothing predicts the first token"
+    tokens = list(context)
+    positions = list(range(n))
+    segments = [0] * n
+    reads, targets = [], []
+    for segment, ending in enumerate(endings, 1):
+        first = len(tokens)
+        rest = len(ending) - 1
+        # The first token of an ending is predicted from the end of the context.
+        reads += [n - 1, *range(first, first + rest)]
+        targets += ending
+        tokens += ending[:-1]
+        positions += range(n, n + rest)
+        segments += [segment] * rest
+    return tokens, positions, segments, reads, targets
+
+
+def pack_batch(rows, device):
+    """Pad examples to the tensors that the model reads.
+
+    Returns tokens and positions (B, T), the attention mask (B, 1, T, T), the indices into the
+    flattened B * T from which a token is predicted (N,), and those tokens (N,).
+    """
+    T = max(row_length(*row) for row in rows)
+    padded = []
+    reads, targets = [], []
+    for b, row in enumerate(rows):
+        tokens, positions, segments, row_reads, row_targets = pack_row(*row)
+        padding = T - len(tokens)
+        padded.append((tokens + [0] * padding,
+                       positions + [0] * padding,
+                       segments + [-1] * padding))
+        reads += [b * T + i for i in row_reads]
+        targets += row_targets
+    idx, pos, segment = torch.tensor(padded, device=device).unbind(1)  # (B, T) each
+
+    # A token attends to what stands before it, if that is context or belongs to the same ending.
+    is_context = segment[:, None, :] == 0  # (B, 1, T)
+    is_same_ending = segment[:, None, :] == segment[:, :, None]  # (B, T, T)
+    mask = (is_context | is_same_ending).tril()[:, None]  # (B, 1, T, T)
+    return idx, pos, mask, torch.tensor(reads, device=device), torch.tensor(targets, device=device)
 
 
 @torch.no_grad()
 def ending_losses(model, batch, head_rows=512):
-    """The loss in nats of every token of every ending: for each example of the batch a list of lists.
+    """The loss in nats of every token of every ending: a list of four lists for each example.
 
-    batch: (context tokens, endings' tokens) of each example, none longer than the block size (see fit). Call it under
-    the autocast that the model is to run in.
+    batch: (context tokens, [tokens of each ending]) of each example, none longer than the block
+    size (see fit). head_rows: how many rows of 50k logits exist at a time. Call it under the
+    autocast that the model is to run in.
     """
     device = model.lm_head.weight.device
-    T = max(row_length(*e) for e in batch)
-    rows = []
-    reads, targets = [], []  # the places, in B * T, from which a token is predicted, and the token
-    for b, (context, endings) in enumerate(batch):
-        n = len(context)
-        assert n > 0, "without a context nothing predicts the first token"
-        tokens, pos, part = list(context), list(range(n)), [0] * n
-        for i, ending in enumerate(endings, 1):
-            m = len(ending) - 1
-            at = b * T + len(tokens)
-            reads += [b * T + n - 1, *range(at, at + m)]  # the first token follows from the context
-            targets += ending
-            tokens += ending[:-1]
-            pos += range(n, n + m)  # each ending goes on where the context ends
-            part += [i] * m
-        padding = T - len(tokens)
-        rows.append((tokens + [0] * padding, pos + [0] * padding, part + [-1] * padding))
-    idx, pos, part = torch.tensor(rows, device=device).unbind(1)  # (B, T) each
-    reads, targets = torch.tensor(reads, device=device), torch.tensor(targets, device=device)
+    idx, pos, mask, reads, targets = pack_batch(batch, device)
+    with without_cudnn_attention(device):
+        x = model.hidden(idx, pos=pos, mask=mask)  # (B, T, n_embd)
+    x = x.flatten(0, 1)[reads]  # (N, n_embd): the head is applied only where a loss is read
+    losses = []
+    for h, t in zip(x.split(head_rows), targets.split(head_rows), strict=True):
+        logits = model.lm_head(h).float()  # (head_rows, vocab_size)
+        losses.append(F.cross_entropy(logits, t, reduction="none"))
 
-    # what a token sees: what stands before it, if it is context or of the same ending
-    mask = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()[:, None]  # (B, 1, T, T)
-    x = model.hidden(idx, pos=pos, mask=mask).flatten(0, 1)[reads]  # (targets, n_embd)
-    losses = torch.cat([F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
-                        for h, t in zip(x.split(head_rows), targets.split(head_rows), strict=True)])
-    losses = iter(losses.tolist())
-    return [[[next(losses) for _ in ending] for ending in endings] for _, endings in batch]
+    remaining = iter(torch.cat(losses).tolist())  # one copy from the device for the whole batch
+    return [[[next(remaining) for _ in ending] for ending in endings] for _, endings in batch]
 
 
 def choose(losses, endings):
-    """The numbers of the likeliest endings (by sum, by mean), given the losses of their tokens; of equals the first."""
-    losses = [losses[endings.index(e)] for e in endings]  # the same ending twice: rounding must not tell them apart
+    """The numbers of the likeliest endings, by sum and by mean of their tokens' losses.
+
+    Of equal endings the first is chosen. The same ending twice gets the same losses: at two places
+    of a row they differ in the last digit, and rounding must not decide between them.
+    """
+    losses = [losses[endings.index(ending)] for ending in endings]
     sums = [sum(x) for x in losses]
     means = [s / len(x) for s, x in zip(sums, losses, strict=True)]
     return sums.index(min(sums)), means.index(min(means))
 
 
-def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_tokens=0):
-    """Accuracies of the model: {"examples": how many, "acc": by sum, "acc_norm": by mean of the endings' losses}.
+# -----------------------------------------------------------------------------
+# the accuracies
 
-    All ranks of torch.distributed call it with the same arguments, do their share of the batches, and return the same
-    result. The batches don't depend on the number of ranks, so neither does the result. Leaves the model in eval mode.
-    batch_tokens: tokens a forward pass; 0 is 512 on a CPU, where equal rows matter more than many, and else 32768.
+
+def count_correct(model, encoded, batches, autocast, show_progress):
+    """Score the examples in batches. Returns how many, how many are right by sum, and by mean."""
+    n = n_correct = n_correct_norm = 0
+    n_examples = sum(len(batch) for batch in batches)
+    progress = tqdm(total=n_examples, desc="HellaSwag", unit="ex", leave=False, dynamic_ncols=True,
+                    disable=None if show_progress else True)
+    with autocast, progress:  # autocast keeps the weights it cast until its context ends: use one
+        for batch in batches:
+            rows = [encoded.rows[i] for i in batch]
+            for i, losses in zip(batch, ending_losses(model, rows), strict=True):
+                _, endings = encoded.rows[i]
+                by_sum, by_mean = choose(losses, endings)
+                n += 1
+                n_correct += by_sum == encoded.labels[i]
+                n_correct_norm += by_mean == encoded.labels[i]
+            running = f"acc {n_correct / n:.4f}, acc_norm {n_correct_norm / n:.4f}"
+            progress.set_postfix_str(running, refresh=False)
+            progress.update(len(batch))
+    return n, n_correct, n_correct_norm
+
+
+def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_tokens=0):
+    """The model's accuracies: {"examples": their number, "acc": by sum, "acc_norm": by mean}.
+
+    examples: dicts as load_examples returns them, or the EncodedExamples that encode_examples made
+    of them; with those, nothing is encoded again and tokenizer may be None. batch_tokens: tokens
+    per forward pass; 0 means 512 on a CPU, where little padding matters more than large batches,
+    and 32768 elsewhere.
+
+    All ranks of torch.distributed call it with the same arguments, score their share of the batches
+    and return the same result, which does not depend on the number of ranks. Leaves the model in
+    eval mode.
     """
     model.eval()
     block_size = model.config.block_size
-    whole = [encode(example, tokenizer) for example in examples]
-    encoded = [fit(*e, block_size) for e in whole]
-    n_cut = sum(a != b for a, b in zip(whole, encoded, strict=True))
-    if n_cut and rank == 0:
-        tqdm.write(f"HellaSwag: {n_cut} of {len(examples)} examples are longer than the model's {block_size} tokens; "
-                   "their contexts are cut from the left")
-    batch_tokens = batch_tokens or (512 if model.lm_head.weight.device.type == "cpu" else 32768)
-    mine = make_batches(encoded, batch_tokens)[rank::world_size]
-    n = right = right_norm = 0
-    with autocast, tqdm(total=sum(map(len, mine)), desc="HellaSwag", unit="ex", leave=False, dynamic_ncols=True,
-                        disable=None if rank == 0 else True) as bar:  # within one autocast, weights are cast but once
-        for batch in mine:
-            for i, losses in zip(batch, ending_losses(model, [encoded[i] for i in batch]), strict=True):
-                by_sum, by_mean = choose(losses, encoded[i][1])
-                n += 1
-                right += by_sum == examples[i]["label"]
-                right_norm += by_mean == examples[i]["label"]
-            bar.set_postfix_str(f"acc {right / n:.4f}, acc_norm {right_norm / n:.4f}", refresh=False)
-            bar.update(len(batch))
+    encoded = examples
+    if not isinstance(encoded, EncodedExamples):
+        encoded = encode_examples(examples, tokenizer, block_size)
+    assert encoded.block_size <= block_size, "these examples were encoded for a longer context"
+    if encoded.n_cut and rank == 0:
+        tqdm.write(f"HellaSwag: {encoded.n_cut} of {len(encoded.rows)} examples are longer than "
+                   f"the model's {encoded.block_size} tokens; their contexts are cut from the left")
+
+    if not batch_tokens:
+        batch_tokens = 512 if model.lm_head.weight.device.type == "cpu" else 32768
+    batches_of_rank = make_batches(encoded.rows, batch_tokens)[rank::world_size]
+    counts = count_correct(model, encoded, batches_of_rank, autocast, show_progress=rank == 0)
     if world_size > 1:
-        counts = torch.tensor([n, right, right_norm])
-        dist.all_reduce(counts)
-        n, right, right_norm = counts.tolist()
-    return {"examples": n, "acc": right / max(n, 1), "acc_norm": right_norm / max(n, 1)}
+        sums = torch.tensor(counts)
+        dist.all_reduce(sums)
+        counts = sums.tolist()
+    n, n_correct, n_correct_norm = counts
+    return {"examples": n, "acc": n_correct / max(n, 1), "acc_norm": n_correct_norm / max(n, 1)}

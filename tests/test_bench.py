@@ -1,10 +1,11 @@
-"""bench.py measures what it says, of whom it says. Nothing here asserts how fast anything is.
+"""bench.py measures what it says it measures. Nothing here asserts how fast anything is.
 
     python -m pytest tests/test_bench.py
 """
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from conftest import run
@@ -13,7 +14,18 @@ import bench
 from gptlib.common import UserError
 
 
-def test_ratios_are_medians_of_pairs_and_the_first_turn_does_not_count(monkeypatch):
+def results_of(done, name):
+    """What a run of bench.py printed as its last line, for one bench."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])["results"][name]
+
+
+# -----------------------------------------------------------------------------
+# turns and processes
+
+
+def test_ratios_are_medians_of_pairs(monkeypatch):
+    """Guards against ratios of medians, and a first turn that counts: it warms up."""
     clock = iter([0, 0,  # warming up
                   0, 1, 0, 2,  # 10 / s and 5 / s: x 2
                   0, 2, 0, 2,  # 5 / s and 5 / s: x 1
@@ -24,21 +36,72 @@ def test_ratios_are_medians_of_pairs_and_the_first_turn_does_not_count(monkeypat
     assert peer == dict(name="peer", unit="tok/s", median=5, low=0.25, high=5, ratio=1)
 
 
-def whose_process(amount):
+def report_process(amount):
     return lambda: (amount, os.getpid())
 
 
-def fails():
+def fail():
     raise ValueError("no such thing")
 
 
-def test_contenders_run_in_processes_of_their_own_and_their_errors_come_home():
-    with bench.apart(a=(whose_process, 1), b=(whose_process, 2)) as works:
-        (a, first), (b, second) = works["a"](), works["b"]()
-        assert (a, b) == (1, 2) and len({first, second, os.getpid()}) == 3 and works["a"]() == (1, first)
-    with pytest.raises(UserError, match="fails: no such thing"), bench.apart(a=(fails,)):
+def die():
+    os._exit(7)
+
+
+def test_contenders_run_in_separate_processes():
+    """Guards against contenders that share an allocator, threads or a compiler."""
+    contenders = dict(a=(report_process, 1), b=(report_process, 2))
+    with bench.separate_processes(**contenders) as works:
+        a, process_of_a = works["a"]()
+        b, process_of_b = works["b"]()
+        assert (a, b) == (1, 2)
+        assert len({process_of_a, process_of_b, os.getpid()}) == 3
+        assert works["a"]() == (1, process_of_a)
+
+
+@pytest.mark.parametrize("contender, message", [
+    (fail, "fail: no such thing"),
+    (die, "exit code 7"),
+])
+def test_a_contender_that_fails_says_why(contender, message):
+    """Guards against a lost reason, and against waiting for ever for a process that has died."""
+    with pytest.raises(UserError, match=message), bench.separate_processes(a=(contender,)):
         pass
 
+
+# -----------------------------------------------------------------------------
+# failures of child processes
+
+TORCHRUN_REPORT = """\
+Traceback (most recent call last):
+ValueError: the real reason
+E1121 15:00:00 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: 1)
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError
+"""
+
+
+def test_the_reason_comes_before_torchruns_report():
+    """Guards against fifty lines of torchrun that hide why its worker failed."""
+    assert bench.last_lines(TORCHRUN_REPORT, 1) == "ValueError: the real reason"
+    assert bench.last_lines("a\n\nb\nc\n", 2) == "b\nc"
+    assert bench.last_lines("") == ""
+
+
+def test_processes_says_why_a_worker_failed(tmp_path, monkeypatch):
+    """Guards against `bench.py processes` that names an exit code and hides the worker's error."""
+    script = "import sys\nsys.exit('error: this GPU is on fire')\n"
+    (tmp_path / "train_gpt2.py").write_text(script)
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    with pytest.raises(UserError) as e:
+        bench.bench_processes(SimpleNamespace(rounds=1))
+    assert "train_gpt2.py" in str(e.value)
+    assert "error: this GPU is on fire" in str(e.value)
+    assert len(str(e.value).splitlines()) <= 11
+
+
+# -----------------------------------------------------------------------------
+# the benches
 
 PEER = """
 from dataclasses import dataclass
@@ -64,24 +127,33 @@ class GPT(nn.Module):
 """
 
 
-def test_training_is_measured_beside_a_peers_classes(tmp_path):
+def test_training_is_measured_beside_a_peer(tmp_path):
+    """Guards against a peer that is executed instead of read, and ratios to the wrong contender."""
     (tmp_path / "peer").mkdir()
     (tmp_path / "peer" / "train_gpt2.py").write_text(PEER)
-    done = run("bench.py", "train", "--preset=demo", "--peer=peer", "--rounds=1", "--batch_size=1", "--block_size=16",
-               "--device=cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])["results"]["train"]
-    (title, rows), loader = next(iter(results.items())), results["loader"]
-    assert "1 x 1 x 16 tokens" in title and [r["name"] for r in rows][0] == "train_gpt2.py"
-    assert rows[-1]["name"] == "peer, eager" and rows[-1]["ratio"] == 1 and loader["tok/s"] > 0
-    assert all(0 < r["low"] <= r["median"] <= r["high"] and r["mfu"] > 0 for r in rows)
+    done = run("bench.py", "train", "--preset=demo", "--peer=peer", "--rounds=1", "--batch_size=1",
+               "--block_size=16", "--device=cpu", cwd=tmp_path)
+    results = results_of(done, "train")
+    loader = results.pop("loader")
+    (title, rows), = results.items()
+    assert "1 x 1 x 16 tokens" in title
+    assert rows[0]["name"] == "train_gpt2.py"
+    assert rows[-1]["name"] == "peer, eager"
+    assert rows[-1]["ratio"] == 1
+    assert loader["tok/s"] > 0
+    for row in rows:
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+        assert row["mfu"] > 0
 
 
-def test_a_checkpoint_is_measured_and_nothing_of_it_stays(tmp_path):
-    done = run("bench.py", "checkpoint", "--preset=demo", "--rounds=1", "--device=cpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (title, rows), = json.loads(done.stdout.splitlines()[-1])["results"]["checkpoint"].items()
-    assert "checkpoint of demo" in title and len(rows) == 4 and list(tmp_path.iterdir()) == []
+def test_a_checkpoint_is_measured_and_removed(tmp_path):
+    """Guards against gigabytes that a benchmark leaves behind."""
+    done = run("bench.py", "checkpoint", "--preset=demo", "--rounds=1", "--device=cpu",
+               cwd=tmp_path)
+    (title, rows), = results_of(done, "checkpoint").items()
+    assert "checkpoint of demo" in title
+    assert len(rows) == 4
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -90,6 +162,9 @@ def test_a_checkpoint_is_measured_and_nothing_of_it_stays(tmp_path):
     (["hellaswag", "--hellaswag_data=nowhere.jsonl"], "nowhere.jsonl"),
     (["growth", "--picture=nowhere/growth.png", "--preset=demo", "--rounds=1"], "nowhere"),
 ])
-def test_what_is_wrong_gets_one_line(tmp_path, argv, message):
+def test_a_mistake_gets_one_line(tmp_path, argv, message):
+    """Guards against a traceback for what the user can fix."""
     done = run("bench.py", *argv, cwd=tmp_path)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
