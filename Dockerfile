@@ -1,12 +1,15 @@
 # syntax=docker/dockerfile:1
-# Training and serving in containers; the code is in /app, all that is read and written in /runs (mount a volume there).
+# Training and serving in containers. The code is in /app; everything that is read and written
+# is in /runs, so mount a volume there.
 #
-#   docker build -t gpt2 .                                    trains (CUDA: what PyPI has for Linux)
-#   docker build -t gpt2-serve --target serve .               serves log/latest_checkpoint.pt, with a health check
-#   docker build -t gpt2 --build-arg TORCH=cpu .              the same without CUDA, several GB smaller
+#   docker build -t gpt2 .                             train, with CUDA
+#   docker build -t gpt2-serve --target serve .        serve log/latest_checkpoint.pt
+#   docker build -t gpt2 --build-arg TORCH=cpu .       train without CUDA, several GB smaller
+#
+# docs/cloud.md has the commands that run them.
 FROM python:3.11.14-slim-bookworm AS base
 
-# torch.compile builds its kernels with a C++ compiler
+# torch.compile needs a C++ compiler
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
@@ -16,18 +19,20 @@ ARG TORCH=cuda
 WORKDIR /app
 COPY requirements.txt .
 RUN if [ "$TORCH" = cpu ]; then \
-        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements.txt)"; \
+        pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
+            "$(grep '^torch==' requirements.txt)"; \
     fi \
     && pip install --no-cache-dir -r requirements.txt
 
+# the six scripts, and the package they share with the page that serve.py serves
 COPY *.py LICENSE ./
 COPY gptlib gptlib
 
-# USER: torch names its cache by it, also where --user gives a number that /etc/passwd doesn't know
+# torch names its cache folder after USER, which --user may leave without an entry in /etc/passwd
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 USER=gpt2 HOME=/tmp \
     TIKTOKEN_CACHE_DIR=/runs/cache/tiktoken HF_HOME=/runs/cache/huggingface
-# any user may write to what isn't a volume: hellaswag.py keeps its download beside itself
+# every user may write to /runs, and to the folder where gptlib/scoring.py keeps HellaSwag
 RUN useradd --uid 1000 --no-create-home gpt2 \
     && mkdir -m 1777 /runs /app/hellaswag
 USER 1000
@@ -37,9 +42,10 @@ VOLUME /runs
 FROM base AS serve
 ENV HOST=0.0.0.0 PORT=5000
 EXPOSE 5000
-# 503, and so unhealthy, while the model is loading and while the server drains
+# /health answers 503, which counts as unhealthy, while the model loads or the server shuts down
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=4)"]
+    CMD ["python", "-c", \
+        "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=4)"]
 CMD ["python", "/app/serve.py"]
 
 FROM base AS train
