@@ -35,13 +35,13 @@ class DecodeStep:
     async_depth = 0  # how many steps may be under way before their tokens are collected
     size_multiple = 64  # fixed shapes: the cache is cut to a multiple of this many positions
 
-    def __init__(self, forward, cache, last_tokens, fixed_shapes=False):
+    def __init__(self, forward, cache, last_tokens, device, fixed_shapes=False):
         self.forward = forward
         self.cache = cache
         self.last_tokens = last_tokens
         self.fixed_shapes = fixed_shapes
         self.slots, _, self.block_size, _ = cache.keys[0].shape
-        self.device = last_tokens.device
+        self.device = device
 
     def device_context(self):
         """A context for every call on the device: it makes the device this thread's current one."""
@@ -88,9 +88,13 @@ class CudaDecodeStep(DecodeStep):
     async_depth = 1
     size_multiple = 256
 
-    def __init__(self, forward, cache, last_tokens, fixed_shapes=True):
-        super().__init__(forward, cache, last_tokens, fixed_shapes=True)
+    def __init__(self, forward, cache, last_tokens, device, fixed_shapes=True):
+        super().__init__(forward, cache, last_tokens, device, fixed_shapes=True)
         self.graphs = {}  # (rows, size): RecordedStep
+
+    def device_context(self):
+        # graphs, events and kernels go to the thread's current device, which is 0 on a new thread
+        return torch.cuda.device(self.device)
 
     def run(self, rows, size, pos):
         if (rows, size) not in self.graphs:
@@ -103,23 +107,31 @@ class CudaDecodeStep(DecodeStep):
     def _record(self, rows, size, pos):
         pos = pos.clone()
         args = self.last_tokens[:rows], self.cache.narrow(0, rows, size), pos
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        stream = torch.cuda.current_stream(self.device)
+        side_stream = torch.cuda.Stream(self.device)
+        side_stream.wait_stream(stream)
+        with torch.cuda.stream(side_stream):
             # compiling, choosing kernels and allocating workspaces cannot be recorded
             for _ in range(2):
                 self.forward(*args)
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        stream.wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's default stream for captures belongs to the device that captured first
+        with torch.cuda.graph(graph, stream=side_stream):
             logits = self.forward(*args)
         return RecordedStep(graph, pos, logits)
 
     def copy_to_host(self, tensor):
-        host = tensor.to("cpu", non_blocking=True)
+        host = tensor.to("cpu", non_blocking=True, copy=True)  # into pinned memory
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # the stream that copies
         return host, event
+
+
+def make_decode_step(forward, cache, last_tokens, device, fixed_shapes):
+    """The DecodeStep for a device; arguments as there."""
+    step_class = CudaDecodeStep if device.type == "cuda" else DecodeStep
+    return step_class(forward, cache, last_tokens, device, fixed_shapes)
 
 
 def compile_next_logits(model, device):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gptlib.decode_step import CudaDecodeStep, DecodeStep, compile_next_logits, next_logits
+from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
 from gptlib.packing import can_pack, pack
 from gptlib.sampling import SamplingParams, sample_next
 from gptlib.text import TextStream  # noqa: F401  service.py imports it from here
@@ -102,9 +102,8 @@ class Engine:
 
     def _make_decode_step(self, compile):
         compiled = compile_next_logits(self.model, self.device) if compile else None
-        step_class = CudaDecodeStep if self.device.type == "cuda" else DecodeStep
-        return step_class(compiled or self._forward, self.cache, self.last_tokens,
-                          fixed_shapes=compiled is not None)
+        return make_decode_step(compiled or self._forward, self.cache, self.last_tokens,
+                                self.device, fixed_shapes=compiled is not None)
 
     def submit(self, prompt, params=None, **settings):
         """Queue token ids to be continued; returns the Request.
@@ -126,25 +125,20 @@ class Engine:
             while self.step():
                 pass
 
-    @torch.inference_mode()
     def step(self):
         """Retire finished requests, admit waiting ones, sample one token for each.
 
         Returns False when idle.
         """
-        self._retire_finished()
-        self._admit()
-        self._roll_contexts()
-        if self.live:
-            try:
-                logits = self._decode()
-            except Exception:
-                self._decode_one_by_one()
-            else:
-                self._sample(0, logits)
-        allowed = self.async_depth if self.live else 0
-        while len(self.pending) > allowed:
-            self._collect()
+        with torch.inference_mode(), self.decode_step.device_context():
+            self._retire_finished()
+            self._admit()
+            self._roll_contexts()
+            if self.live:
+                self._decode_and_sample()
+            allowed = self.async_depth if self.live else 0
+            while len(self.pending) > allowed:
+                self._collect()
         return bool(self.live or self.waiting)
 
     def abort(self, error):
@@ -228,6 +222,14 @@ class Engine:
         request.pos = len(tokens)
         cache = self.cache.narrow(slot, 1, self.block_size)
         return self._forward(self._to_device([tokens]), cache)
+
+    def _decode_and_sample(self):
+        try:
+            logits = self._decode()
+        except Exception:
+            self._decode_one_by_one()
+        else:
+            self._sample(0, logits)
 
     def _decode(self):
         """Feed each live sequence its last token; returns the next logits, (live, vocab_size)."""
