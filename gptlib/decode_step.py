@@ -55,6 +55,13 @@ class DecodeStep:
         size = math.ceil(n_positions / self.size_multiple) * self.size_multiple
         return rows, min(size, self.block_size)
 
+    def fixed_shape_list(self):
+        """All (rows, size) that shape() can return; none where the shapes are not fixed."""
+        if not self.fixed_shapes:
+            return []
+        sizes = {self.shape(1, n + 1)[1] for n in range(0, self.block_size, self.size_multiple)}
+        return [(rows, size) for rows in sorted({1, self.slots}) for size in sorted(sizes)]
+
     def run(self, rows, size, pos):
         """Logits (rows, vocab_size) after the last tokens of the first `rows` slots.
 

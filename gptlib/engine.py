@@ -118,7 +118,15 @@ class Engine:
         return request
 
     def warm_up(self):
-        """Compile and record the decode step before a request has to wait for it."""
+        """Compile and record the decode step in every shape, so that no request waits for it.
+
+        To be called before the first request is submitted.
+        """
+        assert not self.live, "the warm-up writes into the cache"
+        with torch.inference_mode(), self.decode_step.device_context():
+            for rows, size in self.decode_step.fixed_shape_list():
+                pos = self._to_device([[0]] * rows)
+                self.decode_step.run(rows, size, pos)
         for n in {1, self.slots}:
             for _ in range(n):
                 self.submit([0], max_length=2, temperature=0)

@@ -3,16 +3,19 @@
     python -m pytest tests/test_decode_step.py
 """
 
+import dataclasses
 import threading
 
 import pytest
 import torch
-from byte_model import N_VOCAB, drain, make_model, prompts, uncached
+from byte_model import CONFIG, N_VOCAB, drain, make_model, prompts, uncached
 from fake_cuda import FakeCuda
 
+from gptlib import decode_step
 from gptlib import engine as engine_module
 from gptlib.decode_step import CudaDecodeStep
 from gptlib.engine import Engine
+from train_gpt2 import GPT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,3 +88,62 @@ def test_a_step_leaves_the_callers_device_as_it_was(model, cuda):
         engine.step()
         assert cuda.current == 3
     assert cuda.current == 0
+
+
+# -----------------------------------------------------------------------------
+# shapes
+
+
+@pytest.fixture(scope="module")
+def long_model():
+    """A model whose context takes several sizes of the cache."""
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(CONFIG, block_size=600)).eval()
+
+
+def serve_long_texts(engine):
+    """One sequence and then several, from a token to far past the end of the context."""
+    engine.submit([1], max_length=700, temperature=0)
+    drain(engine)
+    for n in range(engine.slots):
+        engine.submit([1] * (1 + 250 * n), max_length=100, temperature=0)
+    drain(engine)
+
+
+def test_after_warm_up_no_graph_is_recorded(long_model, cuda):
+    """Guards against a pause in service where a sequence first needs a larger cache."""
+    engine = Engine(long_model, slots=3)
+    engine.warm_up()
+    recorded = set(engine.decode_step.graphs)
+    assert recorded == {(rows, size) for rows in (1, 3) for size in (256, 512, 600)}
+    serve_long_texts(engine)
+    assert set(engine.decode_step.graphs) == recorded
+
+
+def test_after_warm_up_no_new_shape_is_compiled(long_model, monkeypatch):
+    """Guards against a compilation in service where a sequence first needs a larger cache."""
+    shapes = []
+
+    def compile_nothing(forward, device, **options):
+        def call(idx, cache, pos):
+            shapes.append((idx.size(0), cache.keys[0].size(2)))
+            return forward(idx, cache, pos)
+        return call
+
+    monkeypatch.setattr(decode_step, "compile_model", compile_nothing)
+    engine = Engine(long_model, slots=3, compile=True)
+    engine.warm_up()
+    warm, shapes[:] = set(shapes), []
+    serve_long_texts(engine)
+    assert set(shapes) <= warm
+    assert len(set(shapes)) > 10, "the texts need many sizes"
+
+
+def test_warm_up_does_not_change_what_is_sampled(model, cuda):
+    """Guards against positions or tokens that the warm-up leaves behind in the cache."""
+    engine = Engine(model, slots=2, n_vocab=N_VOCAB)
+    engine.warm_up()
+    requests = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 9)]
+    drain(engine)
+    for request in requests:
+        assert request.tokens == uncached(model, request.prompt, 50)
