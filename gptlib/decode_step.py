@@ -20,7 +20,25 @@ def next_logits(model, idx, cache, pos=None):
     from position 0 on.
     """
     x = model.hidden(idx, cache, pos)[:, -1]  # (B, n_embd)
-    return model.lm_head(x)
+    return project_to_logits(model.lm_head, x)
+
+
+def project_to_logits(lm_head, x):
+    """Logits (B, vocab_size) of final hidden states x (B, n_embd), in float32 where that is cheap.
+
+    bfloat16 logits of magnitude 64 to 128 are half a nat apart, so that many tokens would seem
+    equally likely. CUDA's products keep their float32 sums at no cost. torch has no such product
+    on other devices, and float32 weights would double what is read for a token: logits there
+    have the dtype of the weights.
+    """
+    if has_mixed_product(x):
+        return torch.mm(x, lm_head.weight.t(), out_dtype=torch.float32)
+    return lm_head(x)
+
+
+def has_mixed_product(x):
+    """Whether torch multiplies matrices of this device and dtype into a float32 result."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class DecodeStep:

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from byte_model import CONFIG, N_VOCAB, drain, make_model, prompts, uncached
 from fake_cuda import FakeCuda
 
@@ -15,6 +16,7 @@ from gptlib import decode_step
 from gptlib import engine as engine_module
 from gptlib.decode_step import CudaDecodeStep
 from gptlib.engine import Engine
+from gptlib.runtime import skip_init
 from train_gpt2 import GPT
 
 
@@ -88,6 +90,38 @@ def test_a_step_leaves_the_callers_device_as_it_was(model, cuda):
         engine.step()
         assert cuda.current == 3
     assert cuda.current == 0
+
+
+# -----------------------------------------------------------------------------
+# precision
+
+
+def test_logits_on_cuda_are_float32():
+    """Guards against logits rounded to bfloat16, which at 64 and more are half a nat apart."""
+    with FakeTensorMode(), skip_init():  # tensors without data need no GPU
+        head = torch.nn.Linear(8, 50, bias=False, device="cuda:1", dtype=torch.bfloat16)
+        x = torch.empty(2, 8, device="cuda:1", dtype=torch.bfloat16)
+        logits = decode_step.project_to_logits(head, x)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (2, 50)
+
+
+def test_close_logits_are_told_apart(monkeypatch):
+    """Guards against a product that is made in bfloat16 and widened afterwards."""
+    product = torch.mm
+
+    def mixed_product(a, b, out_dtype):
+        return product(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(decode_step, "has_mixed_product", lambda x: True)
+    monkeypatch.setattr(torch, "mm", mixed_product)
+    head = torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[100.0, 0.0], [100.0, 0.125]]))
+        x = torch.ones(1, 2, dtype=torch.bfloat16)
+        assert head(x).tolist() == [[100.0, 100.0]], "bfloat16 cannot tell them apart"
+        logits = decode_step.project_to_logits(head, x)
+    assert logits.tolist() == [[100.0, 100.125]]
 
 
 # -----------------------------------------------------------------------------
