@@ -1,285 +1,301 @@
-"""The KV-cache engine: tokens in, tokens out, many sequences at a time; and their text as it comes."""
+"""The KV-cache engine: it continues many sequences of tokens at a time, and knows no text."""
 
-import codecs
-import importlib
-import math
 import queue
 import random
-import types
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 
-from gptlib.common import UserError, warn
+from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
 from gptlib.packing import can_pack, pack
-from gptlib.runtime import compile_model
-from gptlib.sampling import sample_next
+from gptlib.sampling import SamplingParams, sample_next
+from gptlib.text import TextStream  # noqa: F401  service.py imports it from here
 
 
 class Request:
-    """A sequence to be continued, as the engine sees it. Other threads may read it while the engine's thread fills it.
+    """A sequence to be continued. Other threads may read it while the engine's thread fills it.
 
-    tokens: the continuation so far; events: the same tokens as they come, then None; finish_reason: None while it goes on,
-    then "stop" (at the stop token, which is not in tokens), "length", "error" (the exception is in `error`), or what
-    cancel() was told. Raises UserError for settings out of range. temperature 0 is greedy; without a seed it takes one, in
-    `seed`, that repeats the sample.
+    tokens: the continuation so far. events: the same tokens as they come, then None.
+    finish_reason: None while it goes on; then "stop" (at the stop token, which is not in tokens),
+    "length", "error" (the exception is in `error`), or the reason that was given to cancel().
+    seed repeats the sample.
     """
 
-    def __init__(self, prompt, max_length=100, temperature=1.0, top_k=None, top_p=None, seed=None):
-        def check(name, value, kinds, fits, expected):
-            if type(value) not in kinds or not fits(value):
-                raise UserError(f"{name} is {value!r}: expected {expected}")
-
-        check("max_length", max_length, (int,), lambda n: n >= 1, "a whole number of at least 1")
-        check("temperature", temperature, (int, float), lambda t: 0 <= t < math.inf, "0 (greedy) or above")
-        if top_k is not None:
-            check("top_k", top_k, (int,), lambda k: k >= 1, "a whole number of at least 1")
-        if top_p is not None:
-            check("top_p", top_p, (int, float), lambda p: 0 < p <= 1, "a number above 0 and up to 1")
-        if seed is not None:
-            check("seed", seed, (int,), lambda n: n >= 0, "a whole number of at least 0")
-        temperature = float(temperature) if temperature > 1e-6 else 0.0  # logits / 1e-39 are no numbers any more
-        self.prompt, self.max_length, self.how = list(prompt), max_length, (temperature, top_k, top_p)
-        self.seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-        self.noise = random.Random(self.seed)  # its own, a number a token: no neighbour can change what it draws
+    def __init__(self, prompt, params):
+        self.prompt = list(prompt)
+        self.max_length = params.max_length
+        self.sampling = (params.temperature, params.top_k, params.top_p)
+        self.seed = params.seed
+        # one number a token from a generator of its own: neighbours cannot change the sample
+        self.random = random.Random(self.seed)
         self.tokens = []
         self.events = queue.SimpleQueue()
-        self.finish_reason = self.error = None
-        self.ended = False  # the engine is done with it, and has said so in events
-        self.window = 0  # what is in the cache begins here in prompt + tokens,
-        self.pos = 0  # and is so many tokens long
-        self.drawn = 0  # tokens drawn, those that are still on the device included
+        self.finish_reason = None
+        self.error = None
+        self.ended = False  # the engine has finished with it and has put None into events
+        self.window_start = 0  # the cache holds prompt + tokens from this index on,
+        self.pos = 0  # and this many tokens of it
+        self.n_sampled = 0  # tokens sampled, including those not collected yet
 
     def cancel(self, reason="cancelled"):
-        """Let the engine drop it before the next token; a request that has finished stays as it is."""
+        """Have the engine drop it before the next token; no effect on a finished request."""
         self.finish_reason = self.finish_reason or reason
+
+    def fail(self, error):
+        """End it with an exception, unless it has finished already."""
+        if not self.finish_reason:
+            self.finish_reason = "error"
+            self.error = error
+
+    def end(self):
+        """Tell the reader of events, once, that no more tokens will come."""
+        if not self.ended:
+            self.ended = True
+            self.events.put(None)
+
+
+@dataclass
+class SampledTokens:
+    """Tokens that were sampled for these requests and are on their way to the host."""
+    requests: list
+    host: torch.Tensor  # (len(requests), 1)
+    event: object  # the torch.cuda.Event after which host may be read; None: at once
 
 
 class Engine:
-    """Continues up to `slots` sequences of tokens at a time, each by a token in one forward pass; more wait in a queue.
+    """Continues up to `slots` sequences of tokens at a time; further requests wait in a queue.
 
-    submit() and Request.cancel() may be called from any thread, step() from one. Ids from n_vocab on (padding of the
-    vocabulary) are never drawn; stop_token ends a sequence. The request live[i] has slot i of the KV cache. The model is
-    left in eval mode. A request whose forward pass fails ends with "error", the others go on; should step() itself raise,
-    abort() ends those that were live and leaves the engine fit to go on.
+    Each step gives every live sequence one more token, in one forward pass for all. submit() and
+    Request.cancel() may be called from any thread, step() from one at a time. The request live[i]
+    has slot i of the KV cache. Ids from n_vocab on (padding of the vocabulary) are never sampled;
+    stop_token ends a sequence. The model is left in eval mode. A request whose forward pass fails
+    ends with "error" and the others go on; should step() itself raise, abort() ends the live
+    requests and leaves the engine usable.
 
-    compile=True fixes the shapes of the decode step, pads its rows to 1 or `slots`, and gives it to torch.compile. On CUDA
-    it is recorded as a graph, and the next token is under way before the last is looked at: nothing waits for the host.
+    compile=True rounds the shapes of the decode step up to a few and gives it to torch.compile. On
+    CUDA the step is recorded as graphs. async_depth is how many steps may be under way before
+    their tokens are collected (default: 1 on CUDA, so that the GPU never waits, else 0).
     """
 
-    def __init__(self, model, slots=1, n_vocab=None, stop_token=None, compile=False):
+    def __init__(self, model, slots=1, n_vocab=None, stop_token=None, compile=False,
+                 async_depth=None):
         weight = model.eval().lm_head.weight
-        self.device, self.block_size, self.slots = weight.device, model.config.block_size, slots
-        self.n_vocab, self.stop_token = n_vocab or model.config.vocab_size, stop_token
-        on_cpu = self.device.type == "cpu"
-        # attention of a single query is several times faster in float32 on a CPU, and closer to the truth
-        self.cache = model.new_cache(slots, dtype=torch.float32 if on_cpu else None)
-        self.model = pack(model) if on_cpu and not compile and can_pack(weight.dtype) else model
-        self.new = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)  # the token drawn last in each slot
-        self.live, self.waiting = [], deque()
-        self.pending = deque()  # (requests, the token drawn for each, event of its copy to the host)
-        self.lag = 1 if self.device.type == "cuda" else 0
-        self.compiled = None
-        if compile:
-            if on_cpu:
-                inductor = importlib.import_module("torch._inductor.config")
-                inductor.freezing = True  # weights become constants, in the layout that suits the kernels
-                inductor.cpp.min_chunk_size = 8192  # the activations of a few tokens are not worth a second thread
-            # What was compiled is found again by code object and guards. Those on modules take longer to check than is won,
-            # and without them the next engine would find the weights of this one: so each gets a code object of its own.
-            code = Engine._forward.__code__.replace(co_name=f"_forward_{id(self)}")
-            forward = types.MethodType(types.FunctionType(code, globals()), self)
-            compiled = compile_model(forward, self.device,
-                                     options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
-            self.compiled = None if compiled is forward else compiled
-        self.graphs = {}  # (rows, size): (graph, its input, its output)
+        self.device = weight.device
+        self.block_size = model.config.block_size
+        self.slots = slots
+        self.n_vocab = n_vocab or model.config.vocab_size
+        self.stop_token = stop_token
+        self.live = []
+        self.waiting = deque()
+        self.pending = deque()  # SampledTokens, oldest first
 
-    def submit(self, prompt, **settings):
-        """Queue token ids to be continued; returns the Request. Of a long prompt the last block_size tokens count."""
-        request = Request(prompt, **settings)
-        assert request.prompt, "the first token has to follow from something"
-        request.window = max(0, len(request.prompt) - self.block_size)
+        on_cpu = self.device.type == "cpu"
+        # on a CPU attention of one query is several times faster in float32, and more accurate
+        self.cache = model.new_cache(slots, dtype=torch.float32 if on_cpu else None)
+        self.last_tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
+        use_packed = on_cpu and not compile and can_pack(weight.dtype)
+        self.model = pack(model) if use_packed else model
+        self.decode_step = self._make_decode_step(compile)
+        depth = self.decode_step.async_depth if async_depth is None else async_depth
+        self.async_depth = depth
+
+    def _make_decode_step(self, compile):
+        compiled = compile_next_logits(self.model, self.device) if compile else None
+        return make_decode_step(compiled or self._forward, self.cache, self.last_tokens,
+                                self.device, fixed_shapes=compiled is not None)
+
+    def submit(self, prompt, params=None, **settings):
+        """Queue token ids to be continued; returns the Request.
+
+        params: SamplingParams, or its fields by name. Of a prompt that is longer than the context
+        the last block_size tokens count. Raises UserError for settings out of range.
+        """
+        request = Request(prompt, params or SamplingParams(**settings))
+        assert request.prompt, "a prompt needs at least one token"
+        request.window_start = max(0, len(request.prompt) - self.block_size)
         self.waiting.append(request)
         return request
 
     def warm_up(self):
-        """Have the decode step compiled or recorded before anybody waits for it."""
+        """Compile and record the decode step in every shape, so that no request waits for it.
+
+        To be called before the first request is submitted.
+        """
+        assert not self.live, "the warm-up writes into the cache"
+        with torch.inference_mode(), self.decode_step.device_context():
+            for rows, size in self.decode_step.fixed_shape_list():
+                pos = self._to_device([[0]] * rows)
+                self.decode_step.run(rows, size, pos)
         for n in {1, self.slots}:
             for _ in range(n):
                 self.submit([0], max_length=2, temperature=0)
             while self.step():
                 pass
 
-    @torch.inference_mode()
     def step(self):
-        """Draw a token for every sequence, between tokens let go who has ended and let in who waits. False: all is done."""
-        for slot in reversed(range(len(self.live))):
-            if self.live[slot].finish_reason:
-                self._remove(slot)
-        for request in [r for r in list(self.waiting) if r.finish_reason]:
-            self.waiting.remove(request)
-            self._end(request)
-        self._admit()
-        self._slide()
-        if self.live:
-            try:
-                logits = self._decode()
-            except Exception:
-                self._decode_alone()
-            else:
-                self._draw(0, logits)
-        while len(self.pending) > (self.lag if self.live else 0):
-            self._look()
+        """Retire finished requests, admit waiting ones, sample one token for each.
+
+        Returns False when idle.
+        """
+        with torch.inference_mode(), self.decode_step.device_context():
+            self._retire_finished()
+            self._admit()
+            self._roll_contexts()
+            if self.live:
+                self._decode_and_sample()
+            allowed = self.async_depth if self.live else 0
+            while len(self.pending) > allowed:
+                self._collect()
         return bool(self.live or self.waiting)
 
     def abort(self, error):
-        """End every request that has or had a slot with this error; those that wait may still be served."""
-        for request in {id(r): r for r in [*self.live, *(r for requests, *_ in self.pending for r in requests)]}.values():
-            self._fail(request, error)
-            self._end(request)
+        """End all requests that have or had a slot with this error; waiting ones stay queued."""
+        requests = list(self.live)
+        for sampled in self.pending:
+            requests += sampled.requests
+        for request in requests:
+            request.fail(error)
+            request.end()
         self.live.clear()
         self.pending.clear()
 
-    def _fail(self, request, error):
-        if not request.finish_reason:
-            request.finish_reason, request.error = "error", error
+    def _retire_finished(self):
+        for slot in reversed(range(len(self.live))):
+            if self.live[slot].finish_reason:
+                self._retire(slot)
+        for request in list(self.waiting):
+            if request.finish_reason:
+                self.waiting.remove(request)
+                request.end()
 
     def _admit(self):
-        last = None  # slot and logits of the request admitted last
+        """Prefill waiting requests while there are slots, and sample the first token of each."""
+        previous = None  # the request admitted before, its slot and logits
         while self.waiting and len(self.live) < self.slots:
             request = self.waiting.popleft()
             if request.finish_reason:
-                self._end(request)
+                request.end()
                 continue
             slot = len(self.live)
             self.live.append(request)
             try:
-                if last and last[0].prompt == request.prompt:  # samples of one prompt: it is read once
-                    request.pos = last[0].pos
-                    self._copy(last[1], slot, request.pos)
-                    logits = last[2]
+                if previous and previous[0].prompt == request.prompt:
+                    # several samples of one prompt: it is prefilled once
+                    twin, twin_slot, logits = previous
+                    request.pos = twin.pos
+                    self._copy_slot(twin_slot, slot, twin.pos)
                 else:
                     logits = self._prefill(slot)
-                self._draw(slot, logits)
-                last = request, slot, logits
+                self._sample(slot, logits)
+                previous = request, slot, logits
             except Exception as error:
-                self._fail(request, error)
-                self._remove(slot)
+                request.fail(error)
+                self._retire(slot)
 
-    def _slide(self):
-        """Where a sequence fills the context drop its oldest half, and read the rest again."""
+    def _roll_contexts(self):
+        """Make room in the sequences that have filled the context."""
         slot = 0
         while slot < len(self.live):
-            request = self.live[slot]
-            if request.pos < self.block_size:
+            if self.live[slot].pos < self.block_size:
                 slot += 1
-                continue
-            while self.pending:  # what it has drawn is part of what is read
-                self._look()
-            if request.finish_reason:
-                self._remove(slot)
             else:
-                request.window += max(1, self.block_size // 2)
-                try:
-                    self._draw(slot, self._prefill(slot))
-                except Exception as error:
-                    self._fail(request, error)
-                    self._remove(slot)
+                self._roll_context(slot)
+
+    def _roll_context(self, slot):
+        """Drop the oldest half of a sequence's context and prefill the rest.
+
+        A sequence that turns out to have ended leaves its slot.
+        """
+        request = self.live[slot]
+        while self.pending:  # the tokens already sampled are part of what is prefilled
+            self._collect()
+        if request.finish_reason:
+            self._retire(slot)
+            return
+        request.window_start += max(1, self.block_size // 2)
+        try:
+            self._sample(slot, self._prefill(slot))
+        except Exception as error:
+            request.fail(error)
+            self._retire(slot)
+
+    def _forward(self, idx, cache, pos=None):
+        return next_logits(self.model, idx, cache, pos)
 
     def _prefill(self, slot):
-        """Read a sequence into its slot in one pass; the logits of its next token, (1, vocab_size)."""
+        """Fill a slot with its sequence in one pass; returns the next logits, (1, vocab_size)."""
         request = self.live[slot]
-        tokens = (request.prompt + request.tokens)[request.window:]
+        tokens = (request.prompt + request.tokens)[request.window_start:]
         request.pos = len(tokens)
-        idx = self._tensor([tokens])
-        return self._forward(idx, None, self.cache.narrow(slot, 1, self.block_size))
+        cache = self.cache.narrow(slot, 1, self.block_size)
+        return self._forward(self._to_device([tokens]), cache)
+
+    def _decode_and_sample(self):
+        try:
+            logits = self._decode()
+        except Exception:
+            self._decode_one_by_one()
+        else:
+            self._sample(0, logits)
 
     def _decode(self):
-        """Feed each live sequence the token drawn last; the logits of its next, (live, vocab_size)."""
-        B = len(self.live)
-        rows, size = B, max(r.pos for r in self.live) + 1
-        if self.compiled or self.device.type == "cuda":  # few shapes, so that few are compiled or recorded
-            step = 256 if self.device.type == "cuda" else 64
-            rows, size = 1 if B == 1 else self.slots, min(-(-size // step) * step, self.block_size)
-        pos = self._tensor([[r.pos] for r in self.live] + [[0]] * (rows - B))
+        """Feed each live sequence its last token; returns the next logits, (live, vocab_size)."""
+        n_live = len(self.live)
+        positions = [request.pos for request in self.live]
+        rows, size = self.decode_step.shape(n_live, max(positions) + 1)
+        positions += [0] * (rows - n_live)
         for request in self.live:
             request.pos += 1
-        if self.device.type == "cuda":
-            return self._replay(rows, size, pos)[:B]
-        cache = self.cache.narrow(0, rows, size)
-        if self.compiled:
-            for tensor in cache.keys + cache.values:
-                torch._dynamo.mark_dynamic(tensor, 2)
-        return (self.compiled or self._forward)(self.new[:rows], pos, cache)[:B]
+        pos = self._to_device(positions)[:, None]  # (rows, 1)
+        return self.decode_step.run(rows, size, pos)[:n_live]
 
-    def _decode_alone(self):
-        """Where the pass over all live sequences has failed, one for each: only those that fail by themselves end."""
-        for slot in reversed(range(len(self.live))):  # from the last, which takes the place of one that leaves
+    def _decode_one_by_one(self):
+        """After a failed pass over all sequences: only those that fail alone end with the error."""
+        # from the last slot on: a retired request's slot is taken by the last one
+        for slot in reversed(range(len(self.live))):
             request = self.live[slot]
-            at = len(request.prompt) + request.drawn - 1 - request.window
+            pos = len(request.prompt) + request.n_sampled - 1 - request.window_start
+            request.pos = pos + 1
+            cache = self.cache.narrow(slot, 1, pos + 1)
             try:
-                request.pos = at + 1
-                self._draw(slot, self._forward(self.new[slot:slot + 1], self._tensor([[at]]),
-                                               self.cache.narrow(slot, 1, at + 1)))
+                idx = self.last_tokens[slot:slot + 1]
+                self._sample(slot, self._forward(idx, cache, self._to_device([[pos]])))
             except Exception as error:
-                self._fail(request, error)
-                self._remove(slot)
+                request.fail(error)
+                self._retire(slot)
 
-    def _forward(self, idx, pos, cache):
-        return self.model.lm_head(self.model.hidden(idx, cache, pos)[:, -1])
+    def _sample(self, first_slot, logits):
+        """Sample a token for the sequences from first_slot on, one for each row of logits.
 
-    def _replay(self, rows, size, pos):
-        """The decode step as a CUDA graph: one launch in the place of hundreds."""
-        if (rows, size) not in self.graphs:
-            pos_in = pos.clone()
-            args = self.new[:rows], pos_in, self.cache.narrow(0, rows, size)
-            forward = self.compiled or self._forward
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compile, choose kernels, allocate workspaces: none of that can be recorded
-                    forward(*args)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = forward(*args)
-            self.graphs[rows, size] = graph, pos_in, logits
-        graph, pos_in, logits = self.graphs[rows, size]
-        pos_in.copy_(pos)
-        graph.replay()
-        return logits
-
-    def _draw(self, first, logits):
-        """Draw a token for the sequences from slot `first` on, a row of logits each; those that have all they want leave."""
-        requests = self.live[first:first + logits.size(0)]
+        A request that has all the tokens it asked for leaves its slot.
+        """
+        requests = self.live[first_slot:first_slot + logits.size(0)]
         logits = logits[:, :self.n_vocab]
-        new = self.new[first:first + len(requests)]
-        noise = self._tensor([[r.noise.random()] for r in requests])
-        groups = {}
+        tokens = self.last_tokens[first_slot:first_slot + len(requests)]  # a view
+        noise = self._to_device([request.random.random() for request in requests])[:, None]
+        rows_by_sampling = {}
         for row, request in enumerate(requests):
-            groups.setdefault(request.how, []).append(row)
-            request.drawn += 1
-        if len(groups) == 1:
-            new.copy_(sample_next(logits, *requests[0].how, noise=noise))
+            rows_by_sampling.setdefault(request.sampling, []).append(row)
+            request.n_sampled += 1
+        if len(rows_by_sampling) == 1:
+            tokens.copy_(sample_next(logits, *requests[0].sampling, noise=noise))
         else:
-            for how, rows in groups.items():
-                rows = self._tensor(rows)
-                new[rows] = sample_next(logits[rows], *how, noise=noise[rows])
-        host, event = new.clone(), None
-        if self.device.type == "cuda":
-            host, event = new.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-        self.pending.append((requests, host, event))
+            for sampling, rows in rows_by_sampling.items():
+                rows = self._to_device(rows)
+                tokens[rows] = sample_next(logits[rows], *sampling, noise=noise[rows])
+        self.pending.append(SampledTokens(requests, *self.decode_step.copy_to_host(tokens)))
         for row in reversed(range(len(requests))):
-            if requests[row].drawn == requests[row].max_length:
-                self._remove(first + row)
+            if requests[row].n_sampled == requests[row].max_length:
+                self._retire(first_slot + row)
 
-    def _look(self):
-        """Hand out the tokens that were drawn first of those not yet handed out."""
-        requests, host, event = self.pending.popleft()
-        if event:
-            event.synchronize()
-        for request, token in zip(requests, host[:, 0].tolist(), strict=True):
+    def _collect(self):
+        """Hand the oldest pending tokens to their requests."""
+        sampled = self.pending.popleft()
+        if sampled.event:
+            sampled.event.synchronize()
+        tokens = sampled.host[:, 0].tolist()
+        for request, token in zip(sampled.requests, tokens, strict=True):
             if not request.finish_reason and token == self.stop_token:
                 request.finish_reason = "stop"
             elif not request.finish_reason:
@@ -288,73 +304,25 @@ class Engine:
                 if len(request.tokens) == request.max_length:
                     request.finish_reason = "length"
             if request.finish_reason:
-                self._end(request)
+                request.end()
 
-    def _remove(self, slot):
-        """Take a request out of its slot; that of the last slot moves there, so that the live ones stay side by side."""
-        request, mover = self.live[slot], self.live.pop()
-        if slot < len(self.live):
-            self.live[slot] = mover
-            self._copy(len(self.live), slot, mover.pos)
-            self.new[slot] = self.new[len(self.live)]
+    def _retire(self, slot):
+        """Free a slot. The request of the last slot moves there: live slots stay side by side."""
+        request, last = self.live[slot], self.live.pop()
+        last_slot = len(self.live)
+        if slot != last_slot:
+            self.live[slot] = last
+            self._copy_slot(last_slot, slot, last.pos)
+            self.last_tokens[slot] = self.last_tokens[last_slot]
         if request.finish_reason:
-            self._end(request)
+            request.end()
 
-    def _copy(self, a, b, length):
-        if a != b:
-            for tensor in self.cache.keys + self.cache.values:
-                tensor[b, :, :length] = tensor[a, :, :length]
+    def _copy_slot(self, source, target, length):
+        """Copy the first `length` cached positions of one slot to another."""
+        if source == target:
+            return
+        for tensor in self.cache.keys + self.cache.values:
+            tensor[target, :, :length] = tensor[source, :, :length]
 
-    def _end(self, request):
-        if not request.ended:
-            request.ended = True
-            request.events.put(None)
-
-    def _tensor(self, values):
+    def _to_device(self, values):
         return torch.tensor(values).to(self.device, non_blocking=True)
-
-
-class TextStream:
-    """Iterate over a request's text as it comes: whole characters only, up to a stop string and without it.
-
-    step: what makes the engine go on where no other thread does. Afterwards `text` is all of it, n_tokens the tokens it
-    took, and request.finish_reason says why it ended.
-    """
-
-    def __init__(self, request, tokenizer, stop=(), step=None):
-        self.request, self.tokenizer, self.stop, self.step = request, tokenizer, [s for s in stop if s], step
-        self.text, self.n_tokens = "", 0
-
-    def __iter__(self):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps the bytes of half a character
-        held = ""  # what may be the beginning of a stop string
-        while True:
-            while self.step and self.request.events.empty():
-                self.step()
-            token = self.request.events.get()
-            last = token is None
-            held += decoder.decode(b"" if last else self.tokenizer.decode_single_token_bytes(token), last)
-            self.n_tokens += not last
-            found = min((i for i in map(held.find, self.stop) if i >= 0), default=None)
-            if found is not None:
-                self.request.finish_reason = "stop"  # the engine drops it, if it has not already come to another end
-                piece, last = held[:found], True
-            else:
-                keep = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])),
-                                          default=0)
-                piece, held = held[:len(held) - keep], held[len(held) - keep:]
-            if piece:
-                self.text += piece
-                yield piece
-            if last:
-                return
-
-
-def encode_prompt(model, tokenizer, prompt):
-    """Token ids of a text; an empty one is <|endoftext|>, the beginning of a document. Says what the context cuts off."""
-    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    cut = len(tokens) - model.config.block_size
-    if cut > 0:
-        warn(f"the prompt has {len(tokens)} tokens, the context {model.config.block_size}: the first {cut} are left out, "
-            f"it begins at {tokenizer.decode(tokens[cut:cut + 12])!r}")
-    return tokens

@@ -1,0 +1,84 @@
+"""Between text and tokens: encoding prompts, and decoding a request's tokens as they come."""
+
+import codecs
+
+from gptlib.common import warn
+
+
+def encode_prompt(model, tokenizer, prompt):
+    """The token ids of a text; those of an empty text are <|endoftext|>, the start of a document.
+
+    Warns where the text is longer than the model's context, and says where the rest begins.
+    """
+    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    n_cut = len(tokens) - model.config.block_size
+    if n_cut > 0:
+        beginning = tokenizer.decode(tokens[n_cut:n_cut + 12])
+        warn(f"the prompt has {len(tokens)} tokens, the context {model.config.block_size}: "
+             f"the first {n_cut} are left out, it begins at {beginning!r}")
+    return tokens
+
+
+def find_first(text, strings):
+    """Where the earliest of these strings begins in the text, or None where there is none."""
+    positions = [text.find(string) for string in strings]
+    return min((position for position in positions if position >= 0), default=None)
+
+
+def partial_match_length(text, strings):
+    """The length of the longest end of the text that may be the beginning of one of the strings."""
+    longest = 0
+    for string in strings:
+        for length in range(1, len(string)):
+            if text.endswith(string[:length]):
+                longest = max(longest, length)
+    return longest
+
+
+class TextStream:
+    """Iterate over a request's text as it is generated: whole characters, up to a stop string.
+
+    stop: texts that end the continuation and are not part of it. step: what makes the engine go
+    on, where no other thread does. Afterwards `text` is the whole text, n_tokens the number of
+    tokens it took, and request.finish_reason says why it ended.
+    """
+
+    def __init__(self, request, tokenizer, stop=(), step=None):
+        self.request = request
+        self.tokenizer = tokenizer
+        self.stop = [string for string in stop if string]
+        self.step = step
+        self.text = ""
+        self.n_tokens = 0
+
+    def __iter__(self):
+        # the decoder keeps the bytes of an unfinished character
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pending = ""  # text that may be the beginning of a stop string
+        is_last = False
+        while not is_last:
+            token = self._next_token()
+            is_last = token is None
+            if is_last:
+                pending += decoder.decode(b"", final=True)
+            else:
+                pending += decoder.decode(self.tokenizer.decode_single_token_bytes(token))
+                self.n_tokens += 1
+            end = find_first(pending, self.stop)
+            if end is not None:
+                self.request.finish_reason = "stop"  # the engine retires it at its next step
+                is_last = True
+            elif is_last:
+                end = len(pending)
+            else:
+                end = len(pending) - partial_match_length(pending, self.stop)
+            piece, pending = pending[:end], pending[end:]
+            if piece:
+                self.text += piece
+                yield piece
+
+    def _next_token(self):
+        """The next token id, or None at the end."""
+        while self.step and self.request.events.empty():
+            self.step()
+        return self.request.events.get()
