@@ -19,6 +19,7 @@ $ python train_gpt2.py --resume --checkpoint_path log/model_10000.pt
 Every flag, with its default: python train_gpt2.py --help
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -41,6 +42,7 @@ from gptlib.config import add_flags, check_settings, setting
 from gptlib.dataset import list_shards
 from gptlib.huggingface import export_model
 from gptlib.loader import TokenLoader, prefetch
+from gptlib.lock import lock_directory
 from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, attention_for_varying_shapes,
@@ -723,8 +725,11 @@ def main():
         cfg = TrainConfig(**{**saved, **flags})
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
+        # a second run in the same directory is refused: they would overwrite each other's files
+        lock = lock_directory(cfg.log_dir) if world.rank == 0 else contextlib.nullcontext()
         try:
-            train(cfg, checkpoint, world)
+            with lock:
+                train(cfg, checkpoint, world)
         except torch.OutOfMemoryError as e:
             raise UserError(f"out of memory at --batch_size {cfg.batch_size}: try half of it, or 0 "
                             "to find what fits") from e
