@@ -371,9 +371,16 @@ def test_each_compiled_engine_has_its_own_weights(model, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_a_gpu_gives_the_same_tokens_through_its_graphs(model):
-    """Guards against graphs that read or write other memory than the engine does."""
-    engine = Engine(copy_of(model).to("cuda"), slots=3, n_vocab=N_VOCAB)
+@pytest.mark.parametrize("slots, compile", [
+    (1, False), (2, False), (3, False), (5, False), (3, True)])
+def test_a_gpu_gives_the_same_tokens_by_its_graphs(model, slots, compile):
+    """Guards against graphs that read or write other memory than the engine does.
+
+    The last GPU is not the current one where there are several.
+    """
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    engine = Engine(copy_of(model).to(device), slots, n_vocab=N_VOCAB, compile=compile)
+    engine.warm_up()
     requests = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 1, 60, 9)]
     drain(engine)
     for request in requests:
