@@ -16,6 +16,8 @@ to fine-tune that model:
 $ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root tuning
 The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
+Check that no byte of the shards has changed since they were written:
+$ python fineweb.py --verify --data_root books
 
 Every document begins with <|endoftext|>, an empty one too. Shard 0 is validation. A corpus smaller
 than two shards is put in a seeded order first, and the last --val_fraction of its tokens is
@@ -26,10 +28,11 @@ shard, and the result is the same to the byte.
 import itertools
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptlib.common import ArgumentParser, UserError, atomic_write, run_main
-from gptlib.dataset import list_shards, read_meta
+from gptlib.dataset import list_shards, read_checksums, read_meta, verify_shard
 from gptlib.preparation import ShardWriter, encode_stream, training_text
 from gptlib.sources import FINEWEB, open_source
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
@@ -192,6 +195,66 @@ def write_documents(writer, enc, read, num_proc):
     writer.finish()
 
 
+# -----------------------------------------------------------------------------
+# are the shards as they were written?
+
+
+def verify_dataset(data_root, num_proc=None):
+    """Check every shard of a dataset directory against its checksum in meta.json, in parallel.
+
+    Prints a line for each shard that is damaged or missing, and raises UserError if there is one.
+    A shard without a checksum passes if its format and length are right. num_proc: threads.
+    """
+    from tqdm import tqdm
+    root = Path(data_root)
+    num_proc = os.cpu_count() if num_proc is None else num_proc
+    if num_proc < 1:
+        raise UserError(f"--num_proc {num_proc}: expected at least 1")
+    checksums = read_checksums(root)
+    paths = shards_to_verify(root)
+    expected = [checksums.get(path.name) for path in paths]
+    problems = []
+    with ThreadPoolExecutor(num_proc) as pool:
+        results = pool.map(find_problem, paths, expected)
+        for problem in tqdm(results, desc="verifying", total=len(paths), unit="shard"):
+            if problem:
+                tqdm.write(problem)
+                problems.append(problem)
+    if problems:
+        raise UserError(f"{len(problems)} of {len(paths)} shards in {root} are damaged or missing: "
+                        "remove them, and make them again with the command that made the dataset")
+    without = expected.count(None)
+    if without:
+        print(f"{without} of {len(paths)} shards have no checksum in meta.json (another program or "
+              "an earlier version made them): of these, only format and length were checked")
+    print(f"{root}: {len(paths)} shards, no damage found")
+
+
+def find_problem(path, checksum):
+    """What is wrong with a shard, in a line; None if nothing is."""
+    try:
+        verify_shard(path, checksum)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def shards_to_verify(root):
+    """Sorted paths of the shards on disk and of those that meta.json says should be there."""
+    meta = read_meta(root)
+    recorded = [root / shard["name"] for shard in meta.get("shards", [])]
+    if recorded and not meta.get("complete"):
+        print(f"{root} is not complete: the command that makes it was interrupted, or runs")
+        # A shard is recorded before it is written, so the last one may not be there yet.
+        if not recorded[-1].exists():
+            recorded.pop()
+    on_disk = list_shards(root, "val") + list_shards(root, "train")
+    paths = sorted({*recorded, *on_disk})
+    if not paths:
+        raise UserError(f"no shards in {root}. Make them: python fineweb.py --data_root {root}")
+    return paths
+
+
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
@@ -214,7 +277,12 @@ def main():
     add("--seed", type=int, default=1337,
         help="seed of the order of documents, in a corpus smaller than two shards")
     add("--prefix", default="edufineweb", help="first part of the names of the shards")
+    add("--verify", action="store_true",
+        help="only check the shards in --data_root against their checksums, and exit")
     args = vars(parser.parse_args())
+    if args.pop("verify"):
+        verify_dataset(args["data_root"], args["num_proc"])
+        return
     args["source"] = args["source"] or ("fineweb" if args["files"] is None else "files")
     prepare(**args)
 

@@ -1,6 +1,8 @@
 """A dataset directory: shards of uint16 tokens and meta.json."""
 
+import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +58,72 @@ def open_bin(path):
     return tokens, found, expected
 
 
+def npy_header(tokens):
+    """The bytes before the data of a .npy file."""
+    buffer = io.BytesIO()
+    header = np.lib.format.header_data_from_array_1_0(tokens)
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
 def save_shard(path, tokens):
     """Write uint16 tokens as .npy, whole or not at all."""
     def write(f):
-        # The two parts of np.save, which itself does not tell why a write failed.
-        header = np.lib.format.header_data_from_array_1_0(tokens)
-        np.lib.format.write_array_header_1_0(f, header)
+        # As np.save does, which itself does not tell why a write failed.
+        f.write(npy_header(tokens))
         f.write(tokens.data)
     atomic_write(path, write)
+
+
+# -----------------------------------------------------------------------------
+# checksums
+#
+# CRC-32 of the whole file, as torch.save keeps for its records. It is meant for damage by disks and
+# copies, not for attackers, who would change meta.json as well: it finds any damage within 32 bits,
+# and misses one in 4 billion of the others. It reads 3.3 GB/s on one core, SHA-256 1.2 GB/s.
+
+
+def shard_checksum(tokens):
+    """The checksum of the file that save_shard makes of these tokens: 8 hexadecimal digits."""
+    return f"{zlib.crc32(tokens.data, zlib.crc32(npy_header(tokens))):08x}"
+
+
+def file_checksum(path):
+    """The checksum of a file. Threads run in parallel: zlib releases the interpreter lock."""
+    checksum = 0
+    with open(path, "rb") as f:
+        while data := f.read(2**20):
+            checksum = zlib.crc32(data, checksum)
+    return f"{checksum:08x}"
+
+
+def read_checksums(data_root):
+    """{file name: checksum} of the shards for which meta.json keeps one.
+
+    Empty for datasets of the original script and of llm.c, which have no checksums.
+    """
+    shards = read_meta(data_root).get("shards", [])
+    return {shard["name"]: shard["crc32"] for shard in shards if "crc32" in shard}
+
+
+def verify_shard(path, checksum=None):
+    """Raise UserError if a shard is damaged: if its bytes do not have the checksum.
+
+    checksum: as read_checksums returns it. Without one, the format and the length are checked.
+    """
+    open_shard(path)
+    if checksum is None:
+        return
+    try:
+        found = file_checksum(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror})") from error
+    if found != checksum:
+        raise UserError(f"{path}: damaged; its CRC-32 is {found}, was {checksum} when it was made")
+
+
+# -----------------------------------------------------------------------------
+# meta.json
 
 
 def read_meta(data_root):

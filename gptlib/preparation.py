@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gptlib.common import UserError, atomic_write
-from gptlib.dataset import save_shard
+from gptlib.dataset import save_shard, shard_checksum
 from gptlib.tokenizer import EOT
 
 # -----------------------------------------------------------------------------
@@ -290,6 +290,7 @@ class ShardWriter:
             "repaired": self.marks.count(REPAIRED, 0, num_documents),
             # Tokens of the last document so far: a continued run skips that many of it.
             "begun": last_doc_tokens,
+            "crc32": shard_checksum(tokens),
         })
         del self.marks[:num_documents]
         self.save_meta()  # before the shard, so that every shard on disk has its record

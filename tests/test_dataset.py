@@ -4,13 +4,16 @@ python -m pytest tests/test_dataset.py
 Shards and meta.json, against files that are made by hand.
 """
 
+import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
 
 from gptlib.common import UserError
-from gptlib.dataset import list_shards, open_shard, read_meta
+from gptlib.dataset import (file_checksum, list_shards, open_shard, read_checksums, read_meta,
+                            save_shard, shard_checksum, verify_shard)
 
 TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
 
@@ -71,3 +74,62 @@ def test_read_meta(tmp_path):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json"):
             read_meta(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# checksums
+
+
+def save_tokens(path):
+    tokens = np.arange(1000, dtype=np.uint16)
+    save_shard(path, tokens)
+    return shard_checksum(tokens)
+
+
+def test_checksum_is_that_of_the_file(tmp_path):
+    """meta.json is written before the shard, so its checksum is computed and not read."""
+    checksum = save_tokens(tmp_path / "a.npy")
+    assert checksum == f"{zlib.crc32((tmp_path / 'a.npy').read_bytes()):08x}"
+    assert checksum == file_checksum(tmp_path / "a.npy")
+    assert open_shard(tmp_path / "a.npy").tolist() == list(range(1000))
+
+
+def test_checksum_of_a_slice(tmp_path):
+    """A shard is a slice of a longer array, whose other tokens are not its own."""
+    tokens = np.arange(1000, dtype=np.uint16)[100:200]
+    save_shard(tmp_path / "a.npy", tokens)
+    verify_shard(tmp_path / "a.npy", shard_checksum(tokens))
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("place", [128, 1000, 2127])
+def test_verify_shard_finds_a_flipped_bit(tmp_path, place, bit):
+    """One bit changes in the first, a middle or the last token, and training reads it."""
+    path = tmp_path / "a.npy"
+    checksum = save_tokens(path)
+    verify_shard(path, checksum)
+    data = bytearray(path.read_bytes())
+    assert len(data) == 128 + 2 * 1000
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+    assert len(open_shard(path)) == 1000, "the format alone should not show it"
+    with pytest.raises(UserError, match=r"a\.npy: damaged"):
+        verify_shard(path, checksum)
+
+
+def test_verify_shard_without_checksum(tmp_path):
+    """A shard of another program, which has no checksum, is refused, or a truncated one passes."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(llm_c_header() + bytes(6))
+    verify_shard(path)
+    path.write_bytes(llm_c_header() + bytes(4))
+    with pytest.raises(UserError, match="a.bin"):
+        verify_shard(path)
+
+
+def test_read_checksums(tmp_path):
+    """A dataset without meta.json, or with a meta.json without checksums, ends in a traceback."""
+    assert read_checksums(tmp_path) == {}
+    shards = [{"name": "old.npy"}, {"name": "new.npy", "crc32": "00c0ffee"}]
+    (tmp_path / "meta.json").write_text(json.dumps({"shards": shards}))
+    assert read_checksums(tmp_path) == {"new.npy": "00c0ffee"}

@@ -6,6 +6,7 @@ on CPU and offline; what needs the GPT-2 vocabulary is skipped where tiktoken ca
 download it.
 """
 
+import json
 import multiprocessing
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import fineweb
 from fineweb import prepare
 from gptlib import preparation
 from gptlib.common import UserError
-from gptlib.dataset import list_shards, read_meta
+from gptlib.dataset import list_shards, read_checksums, read_meta
 from gptlib.tokenizer import EOT, load_tokenizer, train_bpe
 
 BPE = {"tokenizer": "bpe", "vocab_size": 300}
@@ -384,6 +385,121 @@ def test_start_methods(tmp_path, method):
     assert child.exitcode == 0
     prepare(tmp_path / "here", **kwargs)
     assert contents(tmp_path / "child") == contents(tmp_path / "here")
+
+
+# -----------------------------------------------------------------------------
+# checksums
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """(data_root, the command line that makes it) of a complete dataset of several shards."""
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(200))
+    args = ["--files", source, "--shard_size", 2500, *BPE_FLAGS, "--data_root", tmp_path / "data"]
+    result = fineweb_command(*args)
+    assert result.returncode == 0, result.stderr
+    assert len(list_shards(tmp_path / "data", "train")) > 3
+    return tmp_path / "data", args
+
+
+def flip_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def remove_checksums(root):
+    """Make meta.json as it was before it had checksums."""
+    meta = read_meta(root)
+    for shard in meta["shards"]:
+        del shard["crc32"]
+    (root / "meta.json").write_text(json.dumps(meta))
+
+
+def verify(root, *args):
+    return fineweb_command("--verify", "--data_root", root, *args)
+
+
+def test_verify_whole_dataset(dataset):
+    """A dataset as it was written is called damaged, or --verify changes it."""
+    root, _ = dataset
+    before = contents(root)
+    result = verify(root)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(before) - 2} shards, no damage found" in result.stdout
+    assert "no checksum" not in result.stdout
+    assert contents(root) == before
+
+
+def test_verify_names_each_bad_shard(dataset):
+    """A changed byte or a missing shard passes, or one bad shard hides the other."""
+    root, args = dataset
+    whole = contents(root)
+    train = list_shards(root, "train")
+    flip_bit(train[0], -1)
+    flip_bit(train[2], 128)
+    train[3].unlink()
+    result = verify(root, "--num_proc", 2)
+    assert_fails(result, f"3 of {len(train) + 1} shards", root)
+    lines = result.stdout.splitlines()
+    assert [str(line).split(":")[0] for line in lines] == [str(train[i]) for i in (0, 2, 3)]
+
+    # what the message says to do
+    for i in (0, 2):
+        train[i].unlink()
+    assert fineweb_command(*args).returncode == 0
+    assert contents(root) == whole
+    assert verify(root).returncode == 0
+
+
+def test_verify_interrupted_dataset(dataset):
+    """The shard that is recorded but not yet written is called damaged after a kill."""
+    root, _ = dataset
+    meta = read_meta(root)
+    (root / meta["shards"][-1]["name"]).unlink()
+    assert verify(root).returncode == 1, "of a complete dataset, no shard may be missing"
+    (root / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+    result = verify(root)
+    assert result.returncode == 0, result.stdout
+    assert "not complete" in result.stdout
+    (root / meta["shards"][1]["name"]).unlink()
+    assert verify(root).returncode == 1
+
+
+def test_dataset_without_checksums(dataset):
+    """A dataset from before there were checksums is refused, or made again, or not continued."""
+    root, args = dataset
+    remove_checksums(root)
+    result = verify(root)
+    assert result.returncode == 0, result.stderr
+    n = len(list(root.glob("*.npy")))
+    assert f"{n} of {n} shards have no checksum" in result.stdout
+
+    shards = {path.name: path.read_bytes() for path in root.glob("*.npy")}
+    removed = list_shards(root, "train")[-2:]
+    for path in removed:
+        path.unlink()
+    assert fineweb_command(*args).returncode == 0
+    assert {path.name: path.read_bytes() for path in root.glob("*.npy")} == shards
+    assert set(read_checksums(root)) == {path.name for path in removed}
+    assert f"{n - 2} of {n} shards have no checksum" in verify(root).stdout
+
+
+def test_verify_shards_of_other_programs(tmp_path):
+    """Shards of the original script, without meta.json, are refused; a truncated one passes."""
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.arange(5, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(5, dtype=np.uint16))
+    result = verify(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "2 of 2 shards have no checksum" in result.stdout
+    path = tmp_path / "edufineweb_train_000001.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_fails(verify(tmp_path), "1 of 2 shards")
+
+
+def test_verify_nothing(tmp_path):
+    """A wrong --data_root passes because it holds no bad shard."""
+    assert_fails(verify(tmp_path / "nowhere"), "no shards in", tmp_path / "nowhere")
 
 
 # -----------------------------------------------------------------------------
