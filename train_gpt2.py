@@ -45,10 +45,9 @@ from gptlib.loader import TokenLoader, prefetch
 from gptlib.lock import lock_directory
 from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
-from gptlib.runtime import (StopSignal, World, any_rank, attention_for_varying_shapes,
-                            compile_model, distributed, gather_rng, get_rng,
-                            nondeterministic_algorithms, prepare_device, resolve_device,
-                            resolve_dtype, set_rng, share_from_rank0, skip_init)
+from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distributed, gather_rng,
+                            get_rng, nondeterministic_algorithms, prepare_device, resolve_device,
+                            resolve_dtype, set_rng, skip_init, without_cudnn_attention)
 from gptlib.sampling import sample_next
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 
@@ -538,7 +537,7 @@ def sample(model, cfg, tokenizer, device, autocast, dtype):
     idx = torch.tensor([prompt[-cfg.block_size:]] * cfg.num_samples, device=device)  # (B, T)
     # a generator of its own: sampling must not change what training draws
     generator = torch.Generator(device).manual_seed(42)
-    with autocast, nondeterministic_algorithms(), attention_for_varying_shapes(device):
+    with autocast, nondeterministic_algorithms(), without_cudnn_attention(device):
         idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab,
                        cfg.sample_temperature, top_k=50, generator=generator, dtype=dtype)
     return [tokenizer.decode(row) for row in idx.tolist()]
@@ -553,17 +552,6 @@ def create_model(cfg, checkpoint, tokenizer):
     vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64
     return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                          cfg.dropout))
-
-
-def load_hellaswag(cfg, world):
-    """The HellaSwag examples, read by rank 0; none, with a warning, if they can't be had."""
-    examples = []
-    if cfg.hellaswag_examples and world.rank == 0:
-        try:
-            examples = scoring.load_examples(cfg.hellaswag_data)[:cfg.hellaswag_examples]
-        except (UserError, OSError) as e:
-            print0(f"warning: no HellaSwag evaluation in this run: {e}")
-    return share_from_rank0(examples, world)
 
 
 # -----------------------------------------------------------------------------
@@ -583,7 +571,8 @@ def train(cfg, checkpoint=None, world=World()):
     tokenizer = load_tokenizer(cfg.data_root)
     loader = TokenLoader(cfg.data_root, "train", cfg.block_size, cfg.seed, cfg.shuffle)
     val_loader = TokenLoader(cfg.data_root, "val", cfg.block_size)
-    hellaswag_examples = load_hellaswag(cfg, world)
+    hellaswag = scoring.load_for_training(cfg.hellaswag_data, cfg.hellaswag_examples, tokenizer,
+                                          cfg.block_size, world)
 
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
@@ -626,7 +615,7 @@ def train(cfg, checkpoint=None, world=World()):
                         tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints)
     bad_steps = 0
-    with reporter, saver, StopSignal() as stop_signal:
+    with reporter, saver, contextlib.closing(steps), StopSignal() as stop_signal:
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
@@ -639,9 +628,9 @@ def train(cfg, checkpoint=None, world=World()):
                                     autocast, world)
                 val_step = step
                 reporter.validation(step, val_loss)
-                if hellaswag_examples:
+                if hellaswag:
                     reporter.hellaswag(step, scoring.evaluate(
-                        raw_model, hellaswag_examples, tokenizer, autocast, world.rank, world.size))
+                        raw_model, hellaswag, tokenizer, autocast, world.rank, world.size))
                 if world.rank == 0 and step > 0:
                     reporter.samples(sample(raw_model, cfg, tokenizer, device, autocast, dtype))
                 reporter.draw()
@@ -686,31 +675,22 @@ def train(cfg, checkpoint=None, world=World()):
             step += 1
             position += cfg.total_batch_size
 
-    steps.close()
-    if step < cfg.max_steps:
-        print0(f"stopped after {step} of {cfg.max_steps} steps; --auto_resume goes on")
-    else:
-        shown = "" if val_loss is None else f", val loss {val_loss:.4f}"
-        print0(f"done: {step} steps, {position:,} tokens{shown}")
+    reporter.end(step, position, val_loss)
     return val_loss
 
 
 def make_demo_data(cfg, world):
-    """Rank 0 makes the demo's dataset, the others wait for it.
-
-    Raises UserError where it is not the demo's dataset that is missing.
-    """
+    """Rank 0 makes the demo's dataset, the others wait. UserError where another one is missing."""
     if cfg.preset != "demo" or cfg.data_root != PRESETS["demo"]["data_root"]:
         raise UserError(
             f"no shards in {cfg.data_root!r}. "
             f"Make them: python fineweb.py --data_root {cfg.data_root}\n"
-            "or see it all work on a small corpus first, in minutes: "
-            "python train_gpt2.py --preset demo")
+            "or see it all work on a small corpus first: python train_gpt2.py --preset demo")
     print0(f"no shards in {cfg.data_root!r}: making some from the Python standard library of this "
            "interpreter")
     if world.rank == 0:
         prepare(cfg.data_root, source="stdlib", tokenizer="bpe", vocab_size=DEMO_VOCAB_SIZE)
-    any_rank(False, world)  # wait for it
+    any_rank(False, world)  # wait for rank 0
 
 
 def main():

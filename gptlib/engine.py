@@ -10,6 +10,7 @@ import torch
 from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
 from gptlib.packing import can_pack, pack
 from gptlib.sampling import SamplingParams, sample_next
+from gptlib.runtime import without_cudnn_attention
 from gptlib.text import TextStream  # noqa: F401  service.py imports it from here
 
 
@@ -229,7 +230,8 @@ class Engine:
         tokens = (request.prompt + request.tokens)[request.window_start:]
         request.pos = len(tokens)
         cache = self.cache.narrow(slot, 1, self.block_size)
-        return self._forward(self._to_device([tokens]), cache)
+        with without_cudnn_attention(self.device):  # nearly every prompt has a length of its own
+            return self._forward(self._to_device([tokens]), cache)
 
     def _decode_and_sample(self):
         try:

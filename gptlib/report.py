@@ -37,6 +37,8 @@ class Reporter:
 
     def __exit__(self, *error):
         self.bar.close()
+        if self.log:
+            self.log.close()
 
     def _write(self, step, kind, **values):
         if self.log:
@@ -84,6 +86,14 @@ class Reporter:
                     tokens_per_second=tokens_per_second, mfu=mfu,
                     memory_mib=peak_gpu_memory(self.device))
         self.bar.update()
+
+    def end(self, step, position, val_loss):
+        """Report where a run has ended: `position` is in tokens."""
+        if step < self.cfg.max_steps:
+            print0(f"stopped after {step} of {self.cfg.max_steps} steps; --auto_resume goes on")
+            return
+        shown = "" if val_loss is None else f", val loss {val_loss:.4f}"
+        print0(f"done: {step} steps, {position:,} tokens{shown}")
 
 
 def describe_run(cfg, model, device, dtype, world, batch_size):

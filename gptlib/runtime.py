@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from gptlib.common import UserError, first_line, warn
@@ -180,17 +181,25 @@ def nondeterministic_algorithms():
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def attention_for_varying_shapes(device):
-    """A context in which attention does not use cuDNN, which plans anew for every shape it meets.
+@contextlib.contextmanager
+def without_cudnn_attention(device):
+    """Keep attention from using cuDNN where shapes vary; on anything but CUDA this does nothing.
 
-    For training, where one shape stays for the whole run, cuDNN is the fastest; for prompts,
-    growing caches and HellaSwag's rows the planning would cost more than it gains.
+    cuDNN is the fastest for training, where one shape stays for the whole run. But it makes an
+    execution plan for each new shape, and prompts, growing caches and HellaSwag's batches nearly
+    always have one. The other backends that are enabled stay so (torch.nn.attention.sdpa_kernel).
     """
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(others)
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    is_enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    backends = [backend for backend, enabled in is_enabled.items() if enabled]
+    with sdpa_kernel(backends or [SDPBackend.MATH]):
+        yield
 
 
 def device_name(device):

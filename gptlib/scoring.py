@@ -3,7 +3,6 @@
 This is the only scorer of the repository: hellaswag.py, the training loop and bench.py use it.
 """
 
-import contextlib
 import http.client
 import json
 import random
@@ -14,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from gptlib.common import UserError, atomic_write
+from gptlib.common import UserError, atomic_write, warn
+from gptlib.runtime import share_from_rank0, without_cudnn_attention
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 CACHE = Path(__file__).resolve().parent.parent / "hellaswag" / "hellaswag_val.jsonl"
@@ -157,6 +156,21 @@ def encode_examples(examples, tokenizer, block_size):
     return EncodedExamples(block_size, rows, labels, n_cut)
 
 
+def load_for_training(path, limit, tokenizer, block_size, world):
+    """The first `limit` examples, read by rank 0 and encoded once, on every rank.
+
+    None, with a warning, where limit is 0 or the examples can't be had: a run goes on without them.
+    """
+    examples = []
+    if limit and world.rank == 0:
+        try:
+            examples = load_examples(path)[:limit]
+        except (UserError, OSError) as error:
+            warn(f"no HellaSwag evaluation in this run: {error}")
+    examples = share_from_rank0(examples, world)
+    return encode_examples(examples, tokenizer, block_size) if examples else None
+
+
 def row_length(context, endings):
     """The tokens that the model reads: an ending's last token is predicted, but never read."""
     return len(context) + sum(len(ending) - 1 for ending in endings)
@@ -186,26 +200,6 @@ def make_batches(rows, batch_tokens):
 
 # -----------------------------------------------------------------------------
 # the losses
-
-
-@contextlib.contextmanager
-def without_cudnn_attention(device):
-    """Keep attention from using cuDNN where shapes vary; on anything but CUDA this does nothing.
-
-    cuDNN makes an execution plan for each new shape, and of HellaSwag's batches nearly every one
-    has a new shape. The other backends that are enabled stay so (torch.nn.attention.sdpa_kernel).
-    """
-    if torch.device(device).type != "cuda":
-        yield
-        return
-    is_enabled = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-    }
-    backends = [backend for backend, enabled in is_enabled.items() if enabled]
-    with sdpa_kernel(backends or [SDPBackend.MATH]):
-        yield
 
 
 def pack_row(context, endings):

@@ -77,7 +77,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
             time.sleep(0.01)
         raise AssertionError("training waits for the checkpoint")
 
-    monkeypatch.setattr(train_gpt2, "save_checkpoint", slow_save)
+    monkeypatch.setattr("gptlib.resume.save_checkpoint", slow_save)
     try:
         torch.set_num_threads(1)  # as in the run to compare with
         cfg = train_gpt2.TrainConfig(**settings, data_root=str(references.data), log_dir=str(tmp_path / "log"))
