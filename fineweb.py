@@ -16,6 +16,8 @@ to fine-tune that model:
 $ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root tuning
 The sources of the Python standard library, about 9 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
+A part of a large source, here its first billion tokens as far as whole documents go:
+$ python fineweb.py --max_tokens 1000000000 --data_root edu_fineweb1B
 Check that no byte of the shards has changed since they were written:
 $ python fineweb.py --verify --data_root books
 
@@ -25,38 +27,42 @@ validation. If a run is interrupted, run the same command again: it continues af
 shard, and the result is the same to the byte.
 """
 
+import contextlib
 import itertools
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gptlib.common import ArgumentParser, UserError, atomic_write, run_main
+from gptlib.common import ArgumentParser, UserError, atomic_write, run_main, warn
 from gptlib.dataset import list_shards, read_checksums, read_meta, verify_shard
-from gptlib.preparation import ShardWriter, encode_stream, training_text
-from gptlib.sources import FINEWEB, open_source
+from gptlib.preparation import ShardWriter, encode_stream, training_text, whole_documents
+from gptlib.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
 
 def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
             tokenizer="gpt2", vocab_size=None, shard_size=10**8, val_fraction=0.1, num_proc=None,
-            seed=1337, prefix="edufineweb"):
+            seed=1337, prefix="edufineweb", max_tokens=None):
     """Write the shards, meta.json and tokenizer of a dataset directory, or continue after a kill.
 
     source: "fineweb" (dataset, name and column: on the Hub, or a local directory of its layout),
     "files" (files: a glob pattern) or "stdlib". tokenizer: "bpe" trains one of vocab_size ids;
-    anything else is what named_tokenizer takes. shard_size is in tokens; num_proc: threads.
+    anything else is what named_tokenizer takes. shard_size is in tokens; num_proc: threads;
+    max_tokens: end before the first document that would go past it.
     Returns the contents of meta.json. Raises UserError for errors that the user can fix.
     """
     root = Path(data_root)
     num_proc = os.cpu_count() if num_proc is None else num_proc
-    check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix)
+    check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
+                  max_tokens)
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     description, read = open_source(source, files, dataset, name, column)
     settings = {"source": description, "tokenizer": tokenizer, "vocab_size": vocab_size,
                 "shard_size": shard_size, "val_fraction": val_fraction, "seed": seed,
-                "prefix": prefix}
+                "prefix": prefix, "max_tokens": max_tokens}
 
     # continue what an interrupted run with these settings has left, or begin
     meta = read_meta(root)
@@ -75,15 +81,16 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
         enc = load_tokenizer(root)  # it was written before meta.json was
 
     writer = ShardWriter(root, meta, enc, finished_shards)
+    tell_room_needed(root, max_tokens, dataset, name, written=writer.totals()["tokens"])
     writer.save_meta()
-    write_documents(writer, enc, read, num_proc)
+    write_documents(writer, enc, read, num_proc, max_tokens)
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
           f"in {len(writer.shards)} shards, shard 0 is validation, in {root}")
     return read_meta(root)
 
 
-def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix):
+def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix, max_tokens):
     """Raise UserError for the first option out of range."""
     if (vocab_size is not None) != (tokenizer == "bpe"):
         raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: a size goes with bpe, "
@@ -100,6 +107,12 @@ def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, pre
     if not prefix or re.search(r"_(train|val)_|[/\\]", f"{prefix}_"):
         raise UserError(f"--prefix {prefix!r}: expected part of a file name, without _train_ or "
                         "_val_")
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max_tokens {max_tokens}: expected at least 2, one for each split")
+    # What a smaller corpus holds out depends on where it ends, and that depends on the tokenizer.
+    if max_tokens is not None and tokenizer == "bpe" and max_tokens < 2 * shard_size:
+        raise UserError(f"--max_tokens {max_tokens}: expected at least two shards with --tokenizer "
+                        f"bpe, {2 * shard_size} tokens; choose a smaller --shard_size")
 
 
 def find_finished_shards(root, meta):
@@ -179,19 +192,46 @@ def named_tokenizer(name):
     return enc
 
 
-def write_documents(writer, enc, read, num_proc):
+def tell_room_needed(root, max_tokens, dataset, name, written):
+    """Print how much room the shards will take, where that is known, and whether there is as much.
+
+    Only a warning, because the source may have fewer tokens than --max_tokens.
+    """
+    known = [max_tokens] if max_tokens else []
+    if dataset == FINEWEB and name in FINEWEB_TOKENS:
+        known.append(FINEWEB_TOKENS[name])
+    if not known:
+        return
+    needed = 2 * max(0, min(known) - written)  # bytes: a token is a uint16
+    free = shutil.disk_usage(root).free
+    print(f"the shards take up to {needed / 1e9:.2f} GB more in {root}, where {free / 1e9:.2f} GB "
+          "are free")
+    if needed > free:
+        warn("that may not fit: make room, or choose a smaller --max_tokens or another --data_root")
+
+
+def write_documents(writer, enc, read, num_proc, max_tokens=None):
     """Tokenize the documents that are not in the finished shards, and write them."""
     from tqdm import tqdm
     skip, last_doc_tokens = writer.position()
-    finished = writer.totals()["tokens"]
-    with tqdm(desc="tokenizing", unit="tok", unit_scale=True, initial=finished) as bar:
-        for tokens, marks in encode_stream(enc, read(skip), num_proc):
+    total = writer.totals()["tokens"]
+    stream = encode_stream(enc, read(skip), num_proc)
+    with (tqdm(desc="tokenizing", unit="tok", unit_scale=True, initial=total) as bar,
+          contextlib.closing(stream)):
+        for tokens, marks in stream:
             if last_doc_tokens:
                 # The first document begins in the last finished shard, with that many tokens.
                 tokens, marks = tokens[last_doc_tokens:], marks[1:]
                 last_doc_tokens = 0
+            num_tokens = len(tokens)
+            if max_tokens is not None:
+                tokens, marks = whole_documents(tokens, marks, max_tokens - total, enc.eot_token)
+            total += len(tokens)
             bar.update(len(tokens))
             writer.add(tokens, marks)
+            if len(tokens) < num_tokens:
+                writer.end_early()
+                break
     writer.finish()
 
 
@@ -271,6 +311,8 @@ def main():
         "a checkpoint, a dataset directory or a Hugging Face directory, to use its tokenizer")
     add("--vocab_size", type=int, help="ids of bpe, <|endoftext|> included: 257 to 65536")
     add("--shard_size", type=int, default=10**8, help="tokens in a shard")
+    add("--max_tokens", type=int,
+        help="end before the first document that would go past so many tokens (default: no limit)")
     add("--val_fraction", type=float, default=0.1,
         help="share of the tokens for validation, in a corpus smaller than two shards")
     add("--num_proc", type=int, help="tokenizing threads (default: one per core)")

@@ -82,6 +82,16 @@ def encode_stream(enc, documents, num_proc):
             yield queue.popleft().result()
 
 
+def whole_documents(tokens, marks, max_tokens, eot):
+    """The leading whole documents of at most max_tokens tokens. Returns (tokens, marks) of them."""
+    if len(tokens) <= max_tokens:
+        return tokens, marks
+    starts = np.flatnonzero(tokens == eot)
+    ends = starts[starts <= max_tokens]  # a document ends where the next one begins
+    end = int(ends[-1]) if len(ends) else 0
+    return tokens[:end], marks[:np.count_nonzero(starts < end)]
+
+
 # -----------------------------------------------------------------------------
 # sizes of tokens in bytes of text
 
@@ -220,11 +230,22 @@ class ShardWriter:
         # A copy, because a slice would keep the written shards in memory.
         self.pending, self.num_pending = [tokens.copy()], len(tokens)
 
+    def end_early(self):
+        """Note that the corpus goes on, but nothing more of it is added (--max_tokens).
+
+        The seeded order then is not the one that training_text has chosen text by. Its other
+        promise holds, and so a corpus with a tokenizer of its own is written as it was read.
+        """
+        if self.head is not None:
+            self.is_large = True
+
     def finish(self):
         """Write what is pending; meta.json then says that the dataset is complete."""
         if self.is_large:
             self.meta["order"] = "as read"
             self.write_shards(self.take_pending(), min_tokens=1)
+            if len(self.shards) < 2:
+                self.raise_too_few(self.totals()["tokens"])
         else:
             self.meta["order"] = "seeded"
             self.write_small_corpus(self.take_pending())
@@ -238,8 +259,7 @@ class ShardWriter:
     def write_small_corpus(self, tokens):
         """Shuffle the documents of a whole corpus; write its end as val and the rest as train."""
         if len(tokens) < 2:
-            source = self.settings["source"]
-            raise UserError(f"{source}: {len(tokens)} tokens in all, too few for two splits")
+            self.raise_too_few(len(tokens))
         documents = np.split(tokens, np.flatnonzero(tokens == self.eot)[1:])
         order = np.random.default_rng(self.settings["seed"]).permutation(len(documents))
         tokens = np.concatenate([documents[i] for i in order])
@@ -253,6 +273,12 @@ class ShardWriter:
         self.marks = bytearray(self.marks[i] for i in val_first)
         tokens = np.concatenate([tokens[cut:], tokens[:cut]])
         self.write_shards(tokens, min_tokens=1, val_size=len(tokens) - cut)
+
+    def raise_too_few(self, num_tokens):
+        limit = self.settings.get("max_tokens")
+        within = f" in whole documents within --max_tokens {limit}" if limit else " in all"
+        raise UserError(f"{self.settings['source']}: {num_tokens} tokens{within}, too few for two "
+                        "splits")
 
     def write_shards(self, tokens, min_tokens, val_size=None):
         """Write shards while at least min_tokens are left. Returns the tokens that are left.

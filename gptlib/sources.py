@@ -14,6 +14,8 @@ from pathlib import Path
 from gptlib.common import UserError
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+# about how many of GPT-2's tokens its samples have
+FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
 
 # Folders of the standard library with tests, tables of code pages, and what some systems leave out.
 NOT_EVERYWHERE = {

@@ -8,6 +8,7 @@ download it.
 
 import json
 import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,103 @@ def test_start_methods(tmp_path, method):
 
 
 # -----------------------------------------------------------------------------
+# --max_tokens
+
+
+def expected_prefix(enc, documents, max_tokens):
+    """Tokens of the first documents that together have at most max_tokens."""
+    stream = []
+    for piece in reference_tokens(enc, map(clean, documents)):
+        if len(stream) + len(piece) > max_tokens:
+            break
+        stream += piece
+    return stream
+
+
+@pytest.mark.parametrize("chunk", [200, 2**20])
+@pytest.mark.parametrize("more", [-1, 0, 1, 500])
+def test_max_tokens_ends_on_a_whole_document(gpt2, tmp_path, monkeypatch, more, chunk):
+    """The last document is cut, or one that fits exactly is left out, or the limit is passed."""
+    monkeypatch.setattr(preparation, "CHUNK", chunk)
+    documents = some_documents(300)
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    pieces = reference_tokens(gpt2, map(clean, documents[:150]))
+    max_tokens = sum(map(len, pieces)) + more
+    meta = prepare_files(tmp_path / "data", source, shard_size=700, max_tokens=max_tokens)
+    expected = expected_prefix(gpt2, documents, max_tokens)
+    assert all_tokens(tmp_path / "data") == expected
+    assert sum(shard["documents"] for shard in meta["shards"]) == expected.count(50256)
+    assert meta["complete"] is True
+
+
+def test_max_tokens_of_a_small_corpus(gpt2, tmp_path):
+    """Fewer tokens than two shards are not put in a seeded order, or lack a split."""
+    documents = some_documents(300)
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    meta = prepare_files(tmp_path / "data", source, max_tokens=3000)
+    tokens = all_tokens(tmp_path / "data")
+    assert meta["order"] == "seeded"
+    assert sorted(tokens) == sorted(expected_prefix(gpt2, documents, 3000))
+    assert meta["tokens"]["val"] == round(0.1 * len(tokens))
+
+
+def test_max_tokens_continues_and_has_to_match(gpt2, tmp_path):
+    """A continued run ends in another place, or with another limit than the first one had."""
+    source = write_jsonl(tmp_path / "a.jsonl", [*some_documents(100), python_text(), "the end"])
+    data = tmp_path / "data"
+    options = {"shard_size": 700, "max_tokens": 100_000}
+    prepare_files(data, source, **options)
+    whole = contents(data)
+    train = list_shards(data, "train")
+    for keep in (0, 3, len(train) - 1):  # the later ones end in the middle of the long document
+        for path in train[keep:]:
+            path.unlink()
+        prepare_files(data, source, **options)
+        assert contents(data) == whole
+    with pytest.raises(UserError, match="max_tokens was 100000, is 5000"):
+        prepare_files(data, source, shard_size=700, max_tokens=5000)
+
+
+@pytest.mark.parametrize("max_tokens", [6000, 6001, 7000])
+def test_max_tokens_keeps_val_from_the_tokenizer(tmp_path, training_text, max_tokens):
+    """The text that the tokenizer is trained on was chosen from the whole corpus, and is in val."""
+    documents = [f"[{i}] " + f"words of document {i * 7919}, " * 3 for i in range(300)]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    # more than two shards, but few enough bytes that it might have been less
+    meta = prepare_files(tmp_path / "data", source, shard_size=3000, max_tokens=max_tokens, **BPE)
+    assert meta["trained_within"]["head"] is not None
+    assert meta["trained_within"]["tail"] is not None
+    enc = load_tokenizer(tmp_path / "data")
+    val = enc.decode(all_tokens(tmp_path / "data", "val"))
+    numbers = [text.split(" ")[0] for text in val.split(EOT) if text.endswith(", ")]
+    assert numbers
+    seen = "".join(training_text)
+    assert not [number for number in numbers if number in seen]
+    assert meta["tokens"]["train"] > 0
+    total = sum(meta["tokens"].values())
+    assert max_tokens - 100 < total <= max_tokens, "the corpus should be longer than the limit"
+
+
+def test_first_document_past_max_tokens(gpt2, tmp_path):
+    """Nothing fits, and the dataset is called complete all the same."""
+    source = write_jsonl(tmp_path / "a.jsonl", [python_text(), "short"])
+    with pytest.raises(UserError, match="0 tokens in whole documents within --max_tokens 100"):
+        prepare_files(tmp_path / "data", source, max_tokens=100)
+
+
+@pytest.mark.parametrize("free, warns", [(10**4, True), (10**6, False)])
+def test_room_needed_is_told(gpt2, tmp_path, monkeypatch, capsys, free, warns):
+    """A disk that is too small is told after hours, when it is full."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(300))
+    prepare_files(tmp_path / "data", source, max_tokens=10**5)
+    out, err = capsys.readouterr()
+    assert "up to 0.00 GB more" in out
+    assert ("may not fit" in err) == warns
+
+
+# -----------------------------------------------------------------------------
 # checksums
 
 
@@ -535,6 +633,8 @@ def test_wrong_line_keeps_the_finished_shards(tmp_path, monkeypatch):
     (["--shard_size", 0], ["--shard_size 0"]),
     (["--num_proc", 0], ["--num_proc 0"]),
     (["--val_fraction", 1], ["1.0"]),
+    (["--max_tokens", 1], ["--max_tokens 1", "at least 2"]),
+    (["--max_tokens", 999, *BPE_FLAGS, "--shard_size", 500], ["--max_tokens 999", "1000"]),
     (["--prefix", "my_val_set"], ["my_val_set"]),
     (["--prefix", "a/b"], ["a/b"]),
     (["--files", ""], ["no files"]),
