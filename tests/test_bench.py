@@ -5,9 +5,11 @@
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run
 
 import bench
@@ -98,6 +100,83 @@ def test_processes_says_why_a_worker_failed(tmp_path, monkeypatch):
     assert "train_gpt2.py" in str(e.value)
     assert "error: this GPU is on fire" in str(e.value)
     assert len(str(e.value).splitlines()) <= 11
+
+
+# -----------------------------------------------------------------------------
+# bench.py gpu, its flow on a CPU
+
+
+def test_gpu_names_a_failed_part_and_continues(tmp_path):
+    """Guards against an hour on a GPU that ends at the first part that does not work there."""
+    done = run("bench.py", "gpu", "--out=figures", "--presets", "demo", "--device=cpu",
+               "--rounds=1", "--streams", "2", "--length=3", "--batch_size=1", "--block_size=32",
+               "--hellaswag_data=nowhere.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: 1 parts failed: HellaSwag"
+    results = json.loads((tmp_path / "figures" / "gpu.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1])["results"]["gpu"] == results
+    assert list(results["failed"]) == ["HellaSwag"]
+    assert "nowhere.jsonl" in results["failed"]["HellaSwag"]
+    expected = ["training demo", "profile of demo", "decoding, 2 at once", "save and resume"]
+    assert list(results["parts"]) == expected
+    training = results["parts"]["training demo"]
+    assert training["step_tokens"] == 32
+    assert training["tokens_per_second"] == pytest.approx(32 / training["step_seconds"])
+    assert results["parts"]["profile of demo"]["milliseconds"]["matrix products"] > 0
+    table = (tmp_path / "figures" / "gpu.md").read_text()
+    for name in expected:
+        assert f"| {name} | {results['parts'][name]['summary']} |" in table
+    assert "| HellaSwag | **failed**: " in table
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"gpu.json", "gpu.md"}
+
+
+def test_gpu_needs_a_folder(tmp_path):
+    """Guards against ten minutes whose figures are nowhere."""
+    done = run("bench.py", "gpu", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "name it with --out" in done.stderr
+
+
+def sleep():
+    time.sleep(60)
+
+
+def test_a_part_that_hangs_is_ended(monkeypatch):
+    """Guards against a hung kernel that holds up the parts after it."""
+    monkeypatch.setattr(bench, "GPU_PART_TIMEOUT", 0.1)
+    monkeypatch.setattr(bench.ContenderProcess, "GRACE_SECONDS", 0.1)
+    t0 = time.perf_counter()
+    with pytest.raises(UserError, match="not finished after 0.1 seconds"):
+        bench.run_part(sleep)
+    assert time.perf_counter() - t0 < 50
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+    ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+    ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+    ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+    ("triton_red_fused__log_softmax_nll_loss_forward_0", "fused by the compiler"),
+    ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "communication"),
+    ("Memcpy DtoH (Device -> Pageable)", "copies"),
+    ("aten::gelu", "other"),
+])
+def test_kernels_are_sorted_by_kind(name, kind):
+    """Guards against a profile that counts attention, whose names mention cutlass, as products."""
+    assert bench.kernel_kind(name) == kind
+
+
+def test_state_differs_by_a_bit():
+    """Guards against a resume that is called equal because nothing was compared."""
+    state = dict(model=dict(w=torch.zeros(3)), optimizer=[dict(step=1, m=torch.ones(2))])
+    same = dict(model=dict(w=torch.zeros(3)), optimizer=[dict(step=1, m=torch.ones(2))])
+    assert bench.same_state(state, same)
+    same["optimizer"][0]["m"][1] += 1e-6
+    assert not bench.same_state(state, same)
+    assert not bench.same_state(state, dict(model=state["model"]))
+    assert not bench.same_state([state, state], [state])
 
 
 # -----------------------------------------------------------------------------
