@@ -19,6 +19,7 @@ import torch
 from gptlib.common import UserError, first_line
 
 ZIP_SIGNATURE = b"PK\x03\x04"  # what torch.load itself goes by; older files of torch have another format
+DOS_FOLDER = 0x10
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 
 
@@ -132,6 +133,8 @@ def read_directory(path, infos, content):
         record_name = name.partition("/")[2]  # after the folder that all records lie in
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise damaged(path, record_name, "the archive says that it is compressed, which torch.save never does")
+        if info.external_attr & DOS_FOLDER:  # torch.load would leave the tensor's memory as it happens to be
+            raise damaged(path, record_name, "the archive says that it is a folder")
         if name in names:
             raise damaged(path, record_name, "the archive has two of that name")
         names.add(name)
