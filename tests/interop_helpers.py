@@ -1,4 +1,5 @@
-"""What the tests of other programs' models share: transformers' own GPT-2, tokenizers, and a text in Chinese."""
+"""What the tests of other programs' models share: transformers' own GPT-2, tokenizers, and a text
+in Chinese."""
 
 import dataclasses
 import random

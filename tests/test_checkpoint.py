@@ -63,7 +63,8 @@ def assert_same_nest(ours, theirs, path="checkpoint"):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(its bytes, what is in it, {record name: (offset, size)}, the model's record names) of a small checkpoint."""
+    """(its bytes, what is in it, {record name: (offset, size)}, the model's record names) of a
+    small checkpoint."""
     path = tmp_path_factory.mktemp("saved") / "model_00003.pt"
     state = training_state()
     torch.save(state, path)
@@ -80,7 +81,8 @@ def saved(tmp_path_factory):
 
 
 def damage(content, start, size, kind, rng):
-    """The bytes with `size` of them from `start` on damaged; None where that would change nothing."""
+    """The bytes with `size` of them from `start` on damaged; None where that would change
+    nothing."""
     content = bytearray(content)
     before = bytes(content)
     if kind == "flip":
@@ -94,7 +96,8 @@ def damage(content, start, size, kind, rng):
 
 @pytest.mark.parametrize("kind", ["flip", "zero", "random"])
 def test_every_damaged_record_is_refused(saved, tmp_path, kind):
-    """torch.load does not look at the checksums: damaged weights, optimizer state or positions loaded in silence."""
+    """torch.load does not look at the checksums: damaged weights, optimizer state or positions
+    loaded in silence."""
     content, _, records, model_records = saved
     rng = np.random.default_rng(0)
     path = tmp_path / "model_00003.pt"
@@ -117,7 +120,8 @@ def test_every_damaged_record_is_refused(saved, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["flip", "random"])
 def test_mapped_loading_needs_the_model_alone(saved, tmp_path, kind):
-    """Inference must neither read nor refuse for the optimizer's state, which is twice the weights."""
+    """Inference must neither read nor refuse for the optimizer's state, which is twice the
+    weights."""
     content, state, records, model_records = saved
     rng = np.random.default_rng(0)
     path = tmp_path / "model_00003.pt"
@@ -130,7 +134,8 @@ def test_mapped_loading_needs_the_model_alone(saved, tmp_path, kind):
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_damaged_container_is_refused_or_loads_equal(saved, tmp_path, mmap):
-    """Sizes, names and places of the records: a wrong one can make another tensor of the same bytes."""
+    """Sizes, names and places of the records: a wrong one can make another tensor of the same
+    bytes."""
     content, state, records, _ = saved
     payload = np.zeros(len(content), dtype=bool)
     for offset, size in records.values():
@@ -167,7 +172,8 @@ def test_a_record_marked_as_a_folder_is_refused(saved, tmp_path, mmap):
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_truncated_files_are_refused(saved, tmp_path, mmap):
-    """A disk that filled, or a copy that was cut short, has to give one line that names the file."""
+    """A disk that filled, or a copy that was cut short, has to give one line that names the
+    file."""
     content, *_ = saved
     path = tmp_path / "model_00003.pt"
     for length in [*range(0, len(content), len(content) // 50), len(content) - 1]:
@@ -179,7 +185,8 @@ def test_truncated_files_are_refused(saved, tmp_path, mmap):
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_swapped_records_are_refused(saved, tmp_path, mmap):
-    """Two entries of the directory exchange their names: every checksum is right, but of another tensor's bytes."""
+    """Two entries of the directory exchange their names: every checksum is right, but of another
+    tensor's bytes."""
     content, _, records, _ = saved
     first, second = b"/data/2PK", b"/data/3PK"  # of the same size; in the directory the next entry follows the name
     assert records["data/2"][1] == records["data/3"][1]
@@ -213,7 +220,8 @@ def test_a_file_in_the_format_of_old_torch_loads(tmp_path, mmap):
 
 
 def test_without_offsets_every_record_is_verified(saved, tmp_path, monkeypatch):
-    """Where torch does not tell which records the model uses, a damaged one must not slip through."""
+    """Where torch does not tell which records the model uses, a damaged one must not slip
+    through."""
     content, state, records, model_records = saved
     path = tmp_path / "model_00003.pt"
     path.write_bytes(damage(content, *records[model_records[-1]], "flip", np.random.default_rng(0)))
@@ -228,7 +236,8 @@ def test_without_offsets_every_record_is_verified(saved, tmp_path, monkeypatch):
 
 
 def test_auto_resume_skips_damaged_checkpoints(tmp_path, capsys):
-    """One flipped byte in the newest checkpoint's optimizer state must cost the steps since the one before, no more."""
+    """One flipped byte in the newest checkpoint's optimizer state must cost the steps since the
+    one before, no more."""
     for step in (3, 4):
         save_checkpoint(tmp_path, training_state(step), keep=5)
     newest = tmp_path / "model_00004.pt"
@@ -304,7 +313,8 @@ def test_an_object_of_another_kind_is_refused(tmp_path, contents, mmap):
 
 
 def test_the_copy_to_save_shares_what_the_state_shares():
-    """The embedding is the head: a copy of each would double the largest tensor, in memory and in the file."""
+    """The embedding is the head: a copy of each would double the largest tensor, in memory and in
+    the file."""
     weight = torch.ones(3)
     copied = copy_to_host({"model": {"wte": weight, "head": weight}, "rng": (torch.zeros(1), 5)})
     weight.zero_()
@@ -348,7 +358,8 @@ dist.destroy_process_group()
 
 
 def load_on_two_ranks(tmp_path, flags, folders):
-    """What load_initial_checkpoint returns on two processes, run in these folders; and whether tensors were sent."""
+    """What load_initial_checkpoint returns on two processes, run in these folders; and whether
+    tensors were sent."""
     import json
     processes, outs = [], []
     for rank, folder in enumerate(folders):
@@ -400,7 +411,8 @@ def test_a_rank_that_sees_no_file_receives_it(tmp_path, two_folders):
 
 @pytest.mark.parametrize("kind", ["other", "damaged"])
 def test_a_rank_that_sees_another_file_receives_it(tmp_path, two_folders, kind):
-    """Old or damaged copies of the same name on a host's own disk would let its replica start from other weights."""
+    """Old or damaged copies of the same name on a host's own disk would let its replica start from
+    other weights."""
     (two_folders[1] / "log").mkdir()
     path = two_folders[1] / "log" / "model_00003.pt"
     content = bytearray((two_folders[0] / "log" / "model_00003.pt").read_bytes())
@@ -434,7 +446,8 @@ def test_nothing_to_resume_on_two_ranks(tmp_path, two_folders):
 
 
 def test_a_shared_tensor_is_sent_once():
-    """Embedding and head are one tensor: sent twice, the largest of them would take twice the time and memory."""
+    """Embedding and head are one tensor: sent twice, the largest of them would take twice the time
+    and memory."""
     weight = torch.ones(2, 3)
     skeleton, tensors = split_tensors({"wte": weight, "head": weight, "t": weight.t(), "empty": torch.zeros(0)})
     assert skeleton["wte"] is skeleton["head"]

@@ -71,7 +71,8 @@ def test_the_four_sizes(monkeypatch, name, n_layer, n_head, n_embd, parameters):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
 def test_an_exported_model_in_transformers(request, tmp_path, vocabulary, gelu, bias):
-    """Logits, greedy text and tokenizer of an export have to be those of our own model, there and back again."""
+    """Logits, greedy text and tokenizer of an export have to be those of our own model, there and
+    back again."""
     tokenizer = request.getfixturevalue(vocabulary)
     n = tokenizer.n_vocab
     torch.manual_seed(0)
@@ -117,7 +118,8 @@ def exported(request, tmp_path_factory):
 @given(parts=st.lists(st.just(EOT) | st.text(st.sampled_from(" \n\t'sltab19.,中の々カー春天\u0301<|>🙂")
                                              | st.characters(exclude_categories=["Cs"]), max_size=30), max_size=6))
 def test_an_exported_tokenizer_gives_the_same_ids(exported, parts):
-    """Any text, with special tokens in it, has to have the same ids in transformers, and come back from them."""
+    """Any text, with special tokens in it, has to have the same ids in transformers, and come back
+    from them."""
     ours, theirs, _ = exported
     text = "".join(parts)
     ids = theirs(text)["input_ids"]
@@ -137,7 +139,8 @@ def test_an_exported_tokenizer_on_real_text(exported):
 
 @pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "vocab.json"])
 def test_a_directory_with_a_tokenizer_of_its_own(tmp_path, old):
-    """A BPE of Hugging Face's own class, with <|endoftext|> as id 0 and a padding token, has to give the same ids."""
+    """A BPE of Hugging Face's own class, with <|endoftext|> as id 0 and a padding token, has to
+    give the same ids."""
     from tokenizers import ByteLevelBPETokenizer
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([fineweb.__doc__ * 5 + "".join(chinese(100))], vocab_size=500, special_tokens=[EOT],

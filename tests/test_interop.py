@@ -1,4 +1,5 @@
-"""Models that come from elsewhere and go elsewhere, through every script, against the other side's own code.
+"""Models that come from elsewhere and go elsewhere, through every script, against the other side's
+own code.
 
     python -m pytest tests/test_interop.py
     git clone https://github.com/karpathy/nanoGPT && git clone https://github.com/karpathy/build-nanogpt
@@ -67,7 +68,8 @@ def as_main(monkeypatch, cls):
 
 
 def write_in_their_layout(kind, path, monkeypatch):
-    """A file as the other program writes it, from transformers' model; returns the function idx -> logits."""
+    """A file as the other program writes it, from transformers' model; returns the function idx ->
+    logits."""
     bias, n_vocab = kind != "nanoGPT, no bias", 50257 if kind == "nanoGPT, bias" else 50304
     hf = hugging_face(n_vocab, "gelu_new" if kind == "build-nanogpt" else "gelu", bias)
     conv = {f"{name}.weight" for name, module in hf.named_modules() if isinstance(module, Conv1D)}
@@ -87,7 +89,8 @@ def write_in_their_layout(kind, path, monkeypatch):
 
 
 def write_by_build_nanogpt(path, monkeypatch):
-    """Its own classes, and its own line that makes the dict; the script around them would train at import."""
+    """Its own classes, and its own line that makes the dict; the script around them would train at
+    import."""
     with open(os.path.join(os.environ["BUILD_NANOGPT"], "train_gpt2.py")) as f:
         tree = ast.parse(f.read())
     theirs = types.ModuleType("build_nanogpt")
@@ -135,7 +138,8 @@ def write_by_nanogpt(bias, path, folder):
 @pytest.fixture(scope="module", params=["build-nanogpt", "nanoGPT, bias", "nanoGPT, no bias", "BUILD_NANOGPT",
                                         "NANOGPT, bias", "NANOGPT, no bias"])
 def foreign(request, tmp_path_factory):
-    """A checkpoint in another program's layout, and what its model computes; in capitals: by that program's own code."""
+    """A checkpoint in another program's layout, and what its model computes; in capitals: by that
+    program's own code."""
     kind, folder = request.param, tmp_path_factory.mktemp("foreign")
     path = folder / "theirs.pt"
     variable = kind.split(",")[0]
@@ -161,7 +165,8 @@ def test_the_logits_of_a_foreign_checkpoint(foreign):
 
 
 def test_inference_on_a_foreign_checkpoint(foreign, gpt2):
-    """A checkpoint without a tokenizer has to be sampled with GPT-2's, as the other program does."""
+    """A checkpoint without a tokenizer has to be sampled with GPT-2's, as the other program
+    does."""
     path, logits_of, *_ = foreign
     model = load_model_from_checkpoint(path, "cpu", "float32")
     prompt = "Hello, I'm a language model,"
@@ -191,7 +196,8 @@ def test_hellaswag_on_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch,
 
 
 def test_training_from_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch):
-    """Fine-tuning with a shorter context: the first loss is the other program's, and a step of rate 0 keeps the weights."""
+    """Fine-tuning with a shorter context: the first loss is the other program's, and a step of
+    rate 0 keeps the weights."""
     path, logits_of, bias, gelu = foreign
     rng = np.random.default_rng(0)
     tokens = {split: rng.integers(50257, size=800).astype(np.uint16) for split in ("train", "val")}
@@ -225,7 +231,8 @@ class Evil:
 
 @pytest.mark.parametrize("where", ["config", "model_args", "model", "tokenizer", "hugging face"])
 def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, data_root):
-    """A pickle can run any code when it is loaded: no script may load it, wherever in the file it hides."""
+    """A pickle can run any code when it is loaded: no script may load it, wherever in the file it
+    hides."""
     owned, evil = tmp_path / "owned", tmp_path / "evil.pt"
     model = GPT(GPTConfig(**SIZES))
     contents = {"model": model.state_dict(), "config": SIZES, where: Evil(owned)}
@@ -261,7 +268,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, dat
 
 
 def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpoint):
-    """Fine-tuning needs shards with the model's own token ids, whatever the tokenizer is taken from."""
+    """Fine-tuning needs shards with the model's own token ids, whatever the tokenizer is taken
+    from."""
     text = fineweb.__doc__ * 30
     (tmp_path / "a.txt").write_text(text)
     load_model_from_checkpoint(checkpoint, "cpu").save_pretrained(tmp_path / "hf")
@@ -287,7 +295,8 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpo
 
 
 def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
-    """The two commands of the README: prepare with the model's tokenizer, train from its weights."""
+    """The two commands of the README: prepare with the model's tokenizer, train from its
+    weights."""
     (tmp_path / "a.txt").write_text(fineweb.__doc__ * 30)
     model = GPT(GPTConfig(64, 704, 2, 2, 32))
     model.save_pretrained(tmp_path / "hf", bpe)
@@ -309,7 +318,8 @@ def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
 # a language of one's own
 
 def test_a_folder_of_chinese_becomes_a_model(tmp_path):
-    """The README's recipe for any language, text -> tokenizer -> shards -> model, has to give whole characters of it."""
+    """The README's recipe for any language, text -> tokenizer -> shards -> model, has to give
+    whole characters of it."""
     files = {"书/春.txt": chinese(250, 1), "书/旧/夏.md": chinese(150, 2), "书/秋.txt": chinese(100, 3)}
     texts = {}
     for name, sentences in files.items():

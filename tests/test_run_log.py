@@ -1,4 +1,5 @@
-"""What a run leaves to look at: its log survives crashes, full disks and resumes, and its sinks are closed.
+"""What a run leaves to look at: its log survives crashes, full disks and resumes, and its sinks
+are closed.
 
     python -m pytest tests/test_run_log.py
 """
@@ -38,7 +39,8 @@ def write_run(folder, steps=4):
 
 
 def test_the_three_fields_of_the_original_format(tmp_path):
-    """Plotters of the original recipe read `step kind value` lines: nothing else may stand in log.txt."""
+    """Plotters of the original recipe read `step kind value` lines: nothing else may stand in
+    log.txt."""
     write_run(tmp_path, steps=1)
     assert (tmp_path / "log.txt").read_text() == "0 val 5.0000\n0 hella 0.2500\n0 train 4.000000\n"
     assert records(tmp_path)[0] == {"kind": "config", "step": 0, **FACTS}
@@ -53,7 +55,8 @@ def test_values_that_are_not_finite(tmp_path):
 
 
 def test_a_resume_drops_what_came_after_its_checkpoint(tmp_path):
-    """Steps that are run again would stand in the log twice; the evaluation at the checkpoint's step is not run again."""
+    """Steps that are run again would stand in the log twice; the evaluation at the checkpoint's
+    step is not run again."""
     write_run(tmp_path)
     for step in (2, 3):
         (tmp_path / f"model_{step:05d}.pt").write_bytes(b"")
