@@ -1,6 +1,7 @@
 """Sends a nest of dicts, lists and tensors from rank 0 to other processes, one tensor at a time.
 
-Pickling the whole nest instead, as broadcast_object_list does, holds three to four copies of it in memory.
+Pickling the whole nest instead, as broadcast_object_list does, holds three to four copies of it in
+memory.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ def map_leaves(nest, function):
 
 
 def split_tensors(nest):
-    """(skeleton, tensors): the nest with a TensorPlace for each tensor, and the tensors, shared ones only once."""
+    """(skeleton, tensors): the nest with a TensorPlace for each tensor, and the tensors, shared
+    ones only once."""
     tensors, places = [], {}
 
     def replace_tensor(leaf):
@@ -46,7 +48,8 @@ def split_tensors(nest):
 def broadcast_nest(nest, rank, keep_own=False):
     """Rank 0's nest, on every process: called by all of them. Tensors have to lie in CPU memory.
 
-    A process with keep_own takes part, because a broadcast needs all, and returns the nest it came with.
+    A process with keep_own takes part, because a broadcast needs all, and returns the nest it came
+    with.
     """
     skeleton, tensors = split_tensors(nest) if rank == 0 else (None, [])
     places = [TensorPlace(i, tensor.shape, tensor.dtype) for i, tensor in enumerate(tensors)]
@@ -66,4 +69,8 @@ def broadcast_nest(nest, rank, keep_own=False):
         received.append(None if keep_own else tensor)
     if rank == 0 or keep_own:
         return nest
-    return map_leaves(skeleton, lambda leaf: received[leaf.index] if isinstance(leaf, TensorPlace) else leaf)
+
+    def fill_place(leaf):
+        return received[leaf.index] if isinstance(leaf, TensorPlace) else leaf
+
+    return map_leaves(skeleton, fill_place)

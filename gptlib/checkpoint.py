@@ -1,4 +1,5 @@
-"""Checkpoints: saved completely or not at all, loaded from four programs' formats, shared between processes."""
+"""Checkpoints: saved completely or not at all, loaded from four programs' formats, shared between
+processes."""
 
 import os
 import re
@@ -29,8 +30,9 @@ CAN_MAP = os.name == "posix"  # Windows neither replaces nor removes a file that
 def save_checkpoint(log_dir, state, keep):
     """Write log_dir/model_{step}.pt completely or not at all, and return its path.
 
-    Then latest_checkpoint.pt names it, and of the checkpoints only the newest `keep` stay (0: all of them). Raises
-    UserError where that can't be done; the checkpoints that were there are intact then.
+    Then latest_checkpoint.pt names it, and of the checkpoints only the newest `keep` stay (0: all
+    of them). Raises UserError where that can't be done; the checkpoints that were there are intact
+    then.
     """
     path = Path(log_dir) / f"model_{state['step']:05d}.pt"
     atomic_write(path, lambda file: torch.save(state, file))
@@ -62,10 +64,11 @@ def list_checkpoints(log_dir):
 
 
 def copy_to_host(state, copies=None):
-    """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training changes the tensors.
+    """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training
+    changes the tensors.
 
-    Tensors that share memory, such as the embedding and the head, share it in the copy too: `copies` has those that
-    were made so far.
+    Tensors that share memory, such as the embedding and the head, share it in the copy too:
+    `copies` has those that were made so far.
     """
     copies = {} if copies is None else copies
     if isinstance(state, dict):
@@ -85,19 +88,23 @@ def copy_to_host(state, copies=None):
 
 
 def load_checkpoint(path, mmap=False):
-    """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer; nothing in it is executed.
+    """A checkpoint as a dict with at least model, config (a GPTConfig's fields) and tokenizer;
+    nothing in it is executed.
 
-    Reads this repository's checkpoints, build-nanogpt's (whose config is a pickled GPTConfig), nanoGPT's (model_args),
-    and Hugging Face's GPT-2: a directory or one of four names. Every record is compared with its checksum.
+    Reads this repository's checkpoints, build-nanogpt's (whose config is a pickled GPTConfig),
+    nanoGPT's (model_args), and Hugging Face's GPT-2: a directory or one of four names. Every
+    record is compared with its checksum.
 
-    With mmap a tensor is read from disk when it is used, and only the model's tensors are verified: inference never
-    reads the optimizer's state. Raises UserError for anything else, with what is damaged or missing.
+    With mmap a tensor is read from disk when it is used, and only the model's tensors are
+    verified: inference never reads the optimizer's state. Raises UserError for anything else, with
+    what is damaged or missing.
     """
     return load_any_format(path, mmap, model_only=mmap)
 
 
 def load_any_format(path, mmap, model_only):
-    """load_checkpoint, where mapping the file and verifying the model's tensors alone are separate choices."""
+    """load_checkpoint, where mapping the file and verifying the model's tensors alone are separate
+    choices."""
     if str(path) in GPT2_NAMES or Path(path).is_dir():
         return load_hugging_face(str(path))
     path = Path(path)
@@ -108,7 +115,8 @@ def load_any_format(path, mmap, model_only):
 
 
 def normalize_checkpoint(path, contents):
-    """What a checkpoint file holds, in this repository's format. Raises UserError naming what is missing."""
+    """What a checkpoint file holds, in this repository's format. Raises UserError naming what is
+    missing."""
     checkpoint = contents if isinstance(contents, dict) else {}
     if isinstance(checkpoint.get("model_args"), dict):  # nanoGPT
         checkpoint["config"] = {"gelu": "none", **checkpoint["model_args"]}
@@ -119,9 +127,11 @@ def normalize_checkpoint(path, contents):
     if not missing:
         missing = [name for name in MODEL_SIZES if name not in checkpoint["config"]]
     if missing:
-        raise UserError(f"{str(path)!r} is no checkpoint of a GPT: it has no {' and no '.join(missing)}")
+        names = " and no ".join(missing)
+        raise UserError(f"{str(path)!r} is no checkpoint of a GPT: it has no {names}")
 
-    checkpoint["model"] = {strip_wrappers(name): tensor for name, tensor in checkpoint["model"].items()}
+    model = checkpoint["model"].items()
+    checkpoint["model"] = {strip_wrappers(name): tensor for name, tensor in model}
     checkpoint.setdefault("tokenizer", {"name": "gpt2"})
     return checkpoint
 
@@ -136,12 +146,15 @@ def strip_wrappers(name):
 
 
 def load_initial_checkpoint(flags, world):
-    """The checkpoint dict that a run starts from, or None for a fresh model; the same on every rank.
+    """The checkpoint dict that a run starts from, or None for a fresh model; the same on every
+    rank.
 
-    Its "train_config" holds the settings that count where no flag says otherwise: all of them when the run is resumed
-    (there is a "step" then), the model's shape alone when its weights are only the start (--init_from).
+    Its "train_config" holds the settings that count where no flag says otherwise: all of them when
+    the run is resumed (there is a "step" then), the model's shape alone when its weights are only
+    the start (--init_from).
 
-    Rank 0 chooses and verifies it. Other ranks map the same file where they see it, and otherwise receive it.
+    Rank 0 chooses and verifies it. Other ranks map the same file where they see it, and otherwise
+    receive it.
     """
     offer = choose_initial_checkpoint(flags) if world.rank == 0 else None
     if world.size > 1:
@@ -169,7 +182,8 @@ class Offer:
 
 
 def choose_initial_checkpoint(flags):
-    """The Offer that the flags ask for, or None to start from scratch. Raises UserError where it can't be loaded."""
+    """The Offer that the flags ask for, or None to start from scratch. Raises UserError where it
+    can't be loaded."""
     if flags.get("resume"):
         return load_training_state(flags["checkpoint_path"])
     if flags.get("auto_resume"):
@@ -194,7 +208,8 @@ def load_training_state(path):
 
 
 def load_weights(init_from):
-    """The Offer of a model to start from: a checkpoint file, a Hugging Face directory or a GPT-2 name."""
+    """The Offer of a model to start from: a checkpoint file, a Hugging Face directory or a GPT-2
+    name."""
     identity = directory_identity(init_from)
     checkpoint = load_checkpoint(init_from, mmap=CAN_MAP)
     checkpoint = {key: checkpoint[key] for key in ("model", "config", "tokenizer")}
@@ -202,7 +217,8 @@ def load_weights(init_from):
 
 
 def share_offer(offer, rank):
-    """Rank 0's Offer, on every rank: mapped where the rank sees the identical file, else sent tensor by tensor."""
+    """Rank 0's Offer, on every rank: mapped where the rank sees the identical file, else sent
+    tensor by tensor."""
     message = [offer and replace(offer, checkpoint=None)]
     dist.broadcast_object_list(message, src=0)
     if message[0] is None:
@@ -220,9 +236,11 @@ def share_offer(offer, rank):
 
 
 def load_identical(offer):
-    """The checkpoint that rank 0 offers, read by this rank; None where this rank does not see the identical file.
+    """The checkpoint that rank 0 offers, read by this rank; None where this rank does not see the
+    identical file.
 
-    The records are verified here too: with equal directories, equal checksums, that makes their contents equal.
+    The records are verified here too: with equal directories, equal checksums, that makes their
+    contents equal.
     """
     if offer.identity is None or directory_identity(offer.path) != offer.identity:
         return None

@@ -1,8 +1,9 @@
 """Reads the file that torch.save wrote, and verifies every record before it is used.
 
-torch.save writes a zip archive: data.pkl holds the structure, data/0, data/1, ... hold the bytes of one
-tensor each. The archive's directory keeps a CRC-32 for every record, and torch.load does not look at it:
-without a check, damaged bytes become wrong weights, optimizer state or position in silence.
+torch.save writes a zip archive: data.pkl holds the structure, data/0, data/1, ... hold the bytes
+of one tensor each. The archive's directory keeps a CRC-32 for every record, and torch.load does
+not look at it: without a check, damaged bytes become wrong weights, optimizer state or position in
+silence.
 """
 
 import mmap as memory_map
@@ -18,12 +19,14 @@ import torch
 
 from gptlib.common import UserError, first_line
 
-ZIP_SIGNATURE = b"PK\x03\x04"  # what torch.load itself goes by; older files of torch have another format
+ZIP_SIGNATURE = b"PK\x03\x04"  # as torch.load decides; before torch 1.6 it wrote another format
+DOS_FOLDER = 0x10  # the bit of an entry's attributes that says it is a folder
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 
 
 class PickledConfig:
-    """Stands in for the GPTConfig that build-nanogpt pickles: it takes the fields and runs nothing."""
+    """Stands in for the GPTConfig that build-nanogpt pickles: it takes the fields and runs
+    nothing."""
 
     NAMES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
 
@@ -38,11 +41,12 @@ class Record(NamedTuple):
 
 
 def read_checkpoint_file(path, mmap=False, model_only=False):
-    """The object that was saved at `path`, its tensors in CPU memory; nothing in the file is executed.
+    """The object that was saved at `path`, its tensors in CPU memory; nothing in the file is
+    executed.
 
-    With mmap the tensors are mapped: one is read from disk when it is first used. With model_only the tensors outside
-    of the entry "model" are not verified, and must not be used. Raises UserError naming the file, and the record where
-    one is damaged.
+    With mmap the tensors are mapped: one is read from disk when it is first used. With model_only
+    the tensors outside of the entry "model" are not verified, and must not be used. Raises
+    UserError naming the file, and the record where one is damaged.
     """
     path = Path(path)
     try:
@@ -52,7 +56,7 @@ def read_checkpoint_file(path, mmap=False, model_only=False):
         return load_without_executing(path, "cpu", mmap and is_zip)
     except UserError:
         raise
-    except Exception as error:  # truncated, empty, garbage or hostile: torch raises something else for each
+    except Exception as error:  # torch raises something else for each kind of damage
         reason = describe_failure(error)
         raise UserError(f"{str(path)!r} is no checkpoint that can be read: {reason}") from error
 
@@ -84,7 +88,8 @@ def has_zip_signature(path):
 def directory_identity(path):
     """(size, CRC-32 of the archive's directory): equal where two files hold the same records.
 
-    The directory holds the checksum of every record. None where the file is no archive or records no checksums.
+    The directory holds the checksum of every record. None where the file is no archive or records
+    no checksums.
     """
     try:
         if not has_zip_signature(path):
@@ -104,7 +109,8 @@ def directory_identity(path):
 
 
 def verify_records(path, model_only=False):
-    """Compare the records of an archive with their checksums; with model_only, of the tensors the model's alone."""
+    """Compare the records of an archive with their checksums; with model_only, of the tensors the
+    model's alone."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         with memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as content:
             infos = archive.infolist()
@@ -113,25 +119,30 @@ def verify_records(path, model_only=False):
                 return
             tensors = [record for record in records if record.name.startswith("data/")]
             others = [record for record in records if not record.name.startswith("data/")]
-            verify_checksums(path, others, content)  # the structure first: it says which tensors the model has
+            # the structure first: it says which tensors the model has
+            verify_checksums(path, others, content)
             if model_only:
                 tensors = select_model_records(path, tensors)
             verify_checksums(path, tensors, content)
 
 
 def has_checksums(infos):
-    """torch.serialization.set_crc32_options(False) writes 0 for every record: that means "not recorded"."""
+    """torch.serialization.set_crc32_options(False) writes 0 for every record: that means "not
+    recorded"."""
     return any(info.CRC != 0 for info in infos)
 
 
 def read_directory(path, infos, content):
-    """The records of an archive. Raises UserError where the directory contradicts itself or the record's own header."""
+    """The records of an archive. Raises UserError where the directory contradicts itself or the
+    record's own header."""
     records, names = [], set()
     for info in infos:
         name = info.orig_filename
         record_name = name.partition("/")[2]  # after the folder that all records lie in
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise damaged(path, record_name, "the archive says that it is compressed, which torch.save never does")
+            raise damaged(path, record_name, "the archive says that it is compressed")
+        if info.external_attr & DOS_FOLDER:  # torch.load would return uninitialized memory
+            raise damaged(path, record_name, "the archive says that it is a folder")
         if name in names:
             raise damaged(path, record_name, "the archive has two of that name")
         names.add(name)
@@ -159,9 +170,11 @@ def verify_checksums(path, records, content):
 
 
 def select_model_records(path, records):
-    """Of the tensors' records those that the checkpoint's "model" uses; all of them where that can't be told.
+    """Of the tensors' records those that the checkpoint's "model" uses; all of them where that
+    can't be told.
 
-    On the meta device torch.load reads no tensor, and notes for each where its bytes begin in the file.
+    On the meta device torch.load reads no tensor, and notes for each where its bytes begin in the
+    file.
     """
     checkpoint = load_without_executing(path, "meta", mmap=False)
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
@@ -183,4 +196,5 @@ def select_model_records(path, records):
 
 
 def damaged(path, record_name, reason):
-    return UserError(f"{str(path)!r} is no checkpoint that can be read: its record {record_name!r} is damaged: {reason}")
+    return UserError(f"{str(path)!r} is no checkpoint that can be read: "
+                     f"its record {record_name!r} is damaged: {reason}")

@@ -16,7 +16,8 @@ GELU_OF = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
 def load_hugging_face(name):
     """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it.
 
-    Raises UserError where it can't be loaded, or where its config computes something else than GPT-2.
+    Raises UserError where it can't be loaded, or where its config computes something else than
+    GPT-2.
     """
     hf = load_transformers_model(name)
     check_plain_gpt2(name, hf.config)
@@ -57,7 +58,8 @@ def silence_transformers():
 
 
 def check_plain_gpt2(name, config):
-    """Raise UserError for an option that changes what is computed, and that our model does not have."""
+    """Raise UserError for an option that changes what is computed, and that our model does not
+    have."""
     allowed = {
         "activation_function": tuple(GELU_OF),
         "n_inner": (None, 4 * config.n_embd),
@@ -70,14 +72,16 @@ def check_plain_gpt2(name, config):
     for key, values in allowed.items():
         value = getattr(config, key)
         if value not in values:
-            raise UserError(f"{name!r} is not plain GPT-2: its {key} is {value}, expected {values[0]}")
+            raise UserError(f"{name!r} is not plain GPT-2: its {key} is {value}, "
+                            f"expected {values[0]}")
 
 
 def export_model(config, state, tokenizer, directory):
-    """Write a new directory from which `transformers` loads model and tokenizer, with equal logits and greedy text.
+    """Write a new directory from which `transformers` loads model and tokenizer, with equal logits
+    and greedy text.
 
-    config: a GPTConfig; state: the model's state dict; rows of the embedding past the tokenizer's ids are cut. Raises
-    UserError where the directory can't be written, or exists already.
+    config: a GPTConfig; state: the model's state dict; rows of the embedding past the tokenizer's
+    ids are cut. Raises UserError where the directory can't be written, or exists already.
     """
     from transformers.utils import logging
     logging.disable_progress_bar()

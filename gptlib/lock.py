@@ -1,4 +1,5 @@
-"""One run per directory: a lock that vanishes with the process that holds it, even after kill -9."""
+"""One run per directory: a lock that vanishes with the process that holds it, even after kill
+-9."""
 
 import contextlib
 import json
@@ -17,13 +18,15 @@ locked_here = set()  # the directories that this process has locked
 def lock_directory(path):
     """Hold the lock of a directory, which is made where there is none, until the end of the block.
 
-    Raises UserError naming host and process where another process holds it. The operating system ends the lock with the
-    process; the file .lock that stays behind only says who held it last. Where the platform or the file system has no
-    locks there is a warning, and the block runs without one.
+    Raises UserError naming host and process where another process holds it. The operating system
+    ends the lock with the process; the file .lock that stays behind only says who held it last.
+    Where the platform or the file system has no locks there is a warning, and the block runs
+    without one.
 
-    fcntl.lockf rather than flock: network file systems (NFS) pass it on to the server, so it holds between hosts, and
-    children that are forked do not inherit it and keep it alive. Such a lock belongs to the whole process: it ends when
-    any of its handles of the file is closed, so a second lock in the same process is refused before the file is opened.
+    fcntl.lockf rather than flock: network file systems (NFS) pass it on to the server, so it holds
+    between hosts, and children that are forked do not inherit it and keep it alive. Such a lock
+    belongs to the whole process: it ends when any of its handles of the file is closed, so a
+    second lock in the same process is refused before the file is opened.
     """
     path = Path(path)
     try:
@@ -45,7 +48,8 @@ def lock_directory(path):
 
 
 def acquire(file, path):
-    """Whether the file could be locked; False, with a warning, where locks don't exist. UserError where it is locked."""
+    """Whether the file could be locked; False, with a warning, where locks don't exist. UserError
+    where it is locked."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -53,9 +57,9 @@ def acquire(file, path):
         return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX lets systems choose EAGAIN or EACCES
-        raise UserError(f"{path} is in use by {describe_owner(file)}: wait for it to end, stop it, or choose "
-                        "another directory") from error
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows EAGAIN and EACCES
+        raise UserError(f"{path} is in use by {describe_owner(file)}: wait for it to end, "
+                        "stop it, or choose another directory") from error
     except OSError as error:
         warn(f"{path} can't be locked ({error.strerror}): make sure that no other run uses it")
         return False
@@ -63,8 +67,10 @@ def acquire(file, path):
 
 
 def write_owner(file):
-    """Write into the lock file who holds it. A full disk leaves the owner unnamed; the lock holds all the same."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+    """Write into the lock file who holds it. A full disk leaves the owner unnamed; the lock holds
+    all the same."""
+    start = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
     with contextlib.suppress(OSError):
         file.seek(0)
         file.truncate()

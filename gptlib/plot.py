@@ -4,7 +4,8 @@ import contextlib
 
 from gptlib.common import UserError, atomic_write
 
-CURVES = {"train": "loss", "val": "loss", "hella": "acc_norm"}  # kind of record: what is drawn of it
+# which value is drawn of each kind of record
+CURVES = {"train": "loss", "val": "loss", "hella": "acc_norm"}
 
 GPT2_VAL_LOSS = 3.2924  # OpenAI's GPT-2 (124M) on the validation split of FineWeb-Edu
 GPT2_HELLASWAG = 0.2945
@@ -12,9 +13,11 @@ GPT3_HELLASWAG = 0.337  # GPT-3 paper (arXiv:2005.14165), appendix H, its smalle
 
 
 def plot(records, path, gpt2_tokens):
-    """Draw the records of log.jsonl as an image at `path`; a full disk leaves the image that was there.
+    """Draw the records of log.jsonl as an image at `path`; a full disk leaves the image that was
+    there.
 
-    gpt2_tokens: whether losses are a GPT-2 token each, so that the published ones can be compared with.
+    gpt2_tokens: whether losses are a GPT-2 token each, so that the published ones can be compared
+    with.
     """
     import matplotlib
     matplotlib.use("Agg")

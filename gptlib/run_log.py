@@ -1,4 +1,5 @@
-"""What a run leaves to look at: log.jsonl, log.txt, log.png, and optionally wandb and TensorBoard."""
+"""What a run leaves to look at: log.jsonl, log.txt, log.png, and optionally wandb and
+TensorBoard."""
 
 import itertools
 import json
@@ -17,16 +18,20 @@ RUN_FILES = ("log.*", "model_*.pt", "latest_checkpoint.pt", "tensorboard")
 
 
 class RunLog:
-    """The log of a run: log.jsonl (everything), log.txt (step, kind and value on a line) and log.png.
+    """The log of a run: log.jsonl (everything), log.txt (step, kind and value on a line) and
+    log.png.
 
-    A context manager: leaving it closes wandb and TensorBoard. A full disk warns once and never stops the run.
+    A context manager: leaving it closes wandb and TensorBoard. A full disk warns once and never
+    stops the run.
     """
 
     def __init__(self, cfg, step, facts):
-        """Start a new log where step is None, after moving an earlier run away; otherwise continue at `step`.
+        """Start a new log where step is None, after moving an earlier run away; otherwise continue
+        at `step`.
 
-        cfg: has log_dir, wandb and tensorboard; facts: the first record, with the config among them. Raises UserError
-        where log_dir can't be written to, or wandb or TensorBoard is asked for and not installed.
+        cfg: has log_dir, wandb and tensorboard; facts: the first record, with the config among
+        them. Raises UserError where log_dir can't be written to, or wandb or TensorBoard is asked
+        for and not installed.
         """
         self.dir = Path(cfg.log_dir)
         self.has_warned = False
@@ -38,7 +43,8 @@ class RunLog:
             else:
                 self._return_to(step)
         except OSError as error:
-            raise UserError(f"--log_dir {cfg.log_dir} can't be written to: {error.strerror}") from error
+            reason = error.strerror
+            raise UserError(f"--log_dir {cfg.log_dir} can't be written to: {reason}") from error
         kind = "config" if step is None else "resume"
         self._append("log.jsonl", json.dumps({"kind": kind, "step": step or 0, **facts}))
         if cfg.wandb:
@@ -71,7 +77,8 @@ class RunLog:
                     sink.add(f"{kind}/{name}", value, step)
 
     def draw(self, gpt2_tokens):
-        """Redraw log.png, with the published GPT-2 and GPT-3 figures where the tokens are GPT-2's."""
+        """Redraw log.png, with the published GPT-2 and GPT-3 figures where the tokens are
+        GPT-2's."""
         plot(self._records(), self.dir / "log.png", gpt2_tokens)
 
     def _move_away(self, paths):
@@ -90,8 +97,9 @@ class RunLog:
     def _return_to(self, step):
         """Remove what was written after the checkpoint at `step`.
 
-        Later checkpoints are truncated, or belong to a course of training that this run does not follow. A "train"
-        record at `step` is of the step that begins there, so it goes too; the evaluation at `step` stays.
+        Later checkpoints are truncated, or belong to a course of training that this run does not
+        follow. A "train" record at `step` is of the step that begins there, so it goes too; the
+        evaluation at `step` stays.
         """
         later = [path for path in list_checkpoints(self.dir) if int(path.stem[6:]) > step]
         self._move_away(later)
@@ -126,7 +134,8 @@ class RunLog:
                 file.write(line + "\n")
         except OSError as error:
             if not self.has_warned:
-                print(f"warning: {path} can't be written to ({error.strerror}); training goes on", file=sys.stderr)
+                print(f"warning: {path} can't be written to ({error.strerror}); training goes on",
+                      file=sys.stderr)
             self.has_warned = True
 
 

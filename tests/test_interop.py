@@ -1,4 +1,5 @@
-"""Models and tokenizers that come from elsewhere and go elsewhere, against the other side's own code.
+"""Models that come from elsewhere and go elsewhere, through every script, against the other side's
+own code.
 
     python -m pytest tests/test_interop.py
     git clone https://github.com/karpathy/nanoGPT && git clone https://github.com/karpathy/build-nanogpt
@@ -12,7 +13,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import types
@@ -20,17 +20,14 @@ import types
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import TINY, english, flags, read_log, run, write_dataset
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from safetensors import SafetensorError
+from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, load_gpt2_or_skip, main_of,
+                             train_mixed_bpe, write_checkpoint)
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import fineweb
 import hellaswag
-import inference
 import train_gpt2
 from fineweb import prepare
 from gptlib.common import UserError
@@ -38,258 +35,26 @@ from gptlib.dataset import read_meta
 from gptlib.tokenizer import EOT, find_tokenizer, load_tokenizer, tokenizer_to_dict
 from inference import generate_text, load_model_from_checkpoint
 from gptlib.checkpoint import load_checkpoint
-from train_gpt2 import GPT, GPTConfig, PRESETS
+from train_gpt2 import GPT, GPTConfig
 from gptlib.dataset import list_shards
-from gptlib.tokenizer import export_tokenizer, train_bpe
+from gptlib.tokenizer import train_bpe
 
-GELU = {"tanh": "gelu_new", "none": "gelu"}
 SHAPELESS = {k: v for k, v in TINY.items() if not k.startswith("n_")}  # the shape is that of the model to begin with
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    try:
-        return load_tokenizer("gpt2")
-    except UserError as e:
-        pytest.skip(f"the GPT-2 vocabulary is not here: {e}")
+    return load_gpt2_or_skip()
 
 
 @pytest.fixture(scope="module")
 def bpe():
-    odd = "ひらがなとカタカナー、naïve 🙂🙂 e\u0301" * 20
-    return train_bpe([(train_gpt2.__doc__ + hellaswag.__doc__) * 3, "".join(chinese(300)), odd], 700)
-
-
-def hugging_face(n_vocab=300, gelu="gelu_new", bias=True, block_size=32, n_layer=2, n_head=2, n_embd=32, seed=0, **how):
-    """transformers' own GPT-2, random to the last bias."""
-    torch.manual_seed(seed)
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=n_vocab, n_positions=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, activation_function=gelu,
-        bos_token_id=None, eos_token_id=None, **how))
-    for name, p in hf.named_parameters():
-        torch.nn.init.normal_(p, mean=float("ln_" in name and "weight" in name), std=0.3 if p.dim() == 2 else 0.1)
-        if name.endswith("bias") and not bias:
-            torch.nn.init.zeros_(p)
-    return hf.eval().requires_grad_(False)
-
-
-def greedy(logits_of, idx, n, n_vocab):
-    """Continue a list of tokens by n, one whole forward pass each."""
-    for _ in range(n):
-        idx = [*idx, logits_of(torch.tensor([idx]))[0, -1, :n_vocab].argmax().item()]
-    return idx
-
-
-def main_of(monkeypatch, module, *args):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-    module.main()
-
-
-# -----------------------------------------------------------------------------
-# GPT-2 and Hugging Face directories
-
-
-@pytest.mark.parametrize("name, n_layer, n_head, n_embd, parameters", [  # as published with the weights
-    ("gpt2", 12, 12, 768, 124_439_808), ("gpt2-medium", 24, 16, 1024, 354_823_168),
-    ("gpt2-large", 36, 20, 1280, 774_030_080), ("gpt2-xl", 48, 25, 1600, 1_557_611_200)])
-def test_the_four_sizes(monkeypatch, name, n_layer, n_head, n_embd, parameters):
-    """Names, shapes and counts of every tensor, on the meta device: no size takes memory."""
-    def from_pretrained(asked, **how):
-        assert asked == name
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-        assert hf.num_parameters() == parameters
-        return hf, {"missing_keys": set()}
-
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", from_pretrained)
-    with torch.device("meta"):
-        model = GPT.from_pretrained(name)
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model.config == GPTConfig(1024, 50257, n_layer, n_head, n_embd)
-    assert [PRESETS[name][k] for k in ("n_layer", "n_head", "n_embd", "block_size")] == [n_layer, n_head, n_embd, 1024]
-
-
-@pytest.mark.parametrize("gelu", ["tanh", "none"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
-def test_an_exported_model_speaks_the_same_in_transformers(request, tmp_path, vocabulary, gelu, bias):
-    tokenizer = request.getfixturevalue(vocabulary)
-    n = tokenizer.n_vocab
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(48, -(-n // 64) * 64, 2, 2, 32, gelu=gelu, bias=bias)).eval().requires_grad_(False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    model.transformer.wte.weight[n:] *= 10  # padding that would be drawn, were it still there
-    model.tokenizer = tokenizer
-    model.save_pretrained(tmp_path / "hf")
-
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert hf.config.vocab_size == n == len(theirs) and hf.config.activation_function == GELU[gelu]
-    assert hf.config.eos_token_id == theirs.eos_token_id == tokenizer.eot_token
-    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    idx = torch.randint(n, (2, 48))
-    torch.testing.assert_close(hf(idx).logits, model(idx)[0][..., :n], rtol=1e-4, atol=1e-4)
-    prompt = "Hello, 春天来了"
-    inputs = theirs(prompt, return_tensors="pt")
-    text = theirs.decode(hf.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0])
-    assert text == generate_text(model, prompt, 20, temperature=0)
-
-    back = load_model_from_checkpoint(tmp_path / "hf", "cpu", "float32")  # and home again
-    torch.testing.assert_close(back(idx)[0], model(idx)[0][..., :n], rtol=1e-4, atol=1e-4)
-    assert tokenizer_to_dict(back.tokenizer) == tokenizer_to_dict(tokenizer)
-
-
-@pytest.fixture(scope="module", params=["bpe", "gpt2"])
-def exported(request, tmp_path_factory):
-    """A tokenizer, and what transformers makes of its export."""
-    tokenizer = request.getfixturevalue(request.param)
-    folder = tmp_path_factory.mktemp("exported")
-    export_tokenizer(tokenizer, folder, 1024)
-    return tokenizer, transformers.AutoTokenizer.from_pretrained(folder), folder
-
-
-@example(parts=["it's naïve, ", EOT, "中文没有空格。", EOT, EOT, " \n\n  日本語のカタカナー 🙂 e\u0301 1234567 don't"])
-@settings(max_examples=300, deadline=None, database=None)
-@given(parts=st.lists(st.just(EOT) | st.text(st.sampled_from(" \n\t'sltab19.,中の々カー春天\u0301<|>🙂")
-                                             | st.characters(exclude_categories=["Cs"]), max_size=30), max_size=6))
-def test_an_exported_tokenizer_gives_the_same_ids_and_text(exported, parts):
-    ours, theirs, _ = exported
-    text = "".join(parts)
-    ids = theirs(text)["input_ids"]
-    assert ids == ours.encode(text, allowed_special={EOT})
-    assert theirs.decode(ids) == ours.decode(ids) == text
-
-
-def test_an_exported_tokenizer_on_real_text(exported):
-    ours, theirs, folder = exported
-    for module in (fineweb, train_gpt2, transformers):
-        text = open(module.__file__, encoding="utf-8").read()
-        assert theirs(text)["input_ids"] == ours.encode(text, allowed_special={EOT})
-    assert tokenizer_to_dict(load_tokenizer(folder)) == tokenizer_to_dict(ours)
-
-
-@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "vocab.json"])
-def test_a_directory_with_a_tokenizer_of_its_own(tmp_path, old):
-    """A BPE trained by Hugging Face's own class, <|endoftext|> before all else; one padding token was added later."""
-    from tokenizers import ByteLevelBPETokenizer
-    theirs = ByteLevelBPETokenizer()
-    theirs.train_from_iterator([fineweb.__doc__ * 5 + "".join(chinese(100))], vocab_size=500, special_tokens=[EOT],
-                               show_progress=False)
-    hf = hugging_face(501, block_size=24)
-    hf.save_pretrained(tmp_path)
-    if old:
-        theirs.save_model(str(tmp_path))
-    else:
-        theirs.add_special_tokens(["<pad>"])
-        theirs.save(str(tmp_path / "tokenizer.json"))
-    model = load_model_from_checkpoint(tmp_path, "cpu", "float32")
-    assert (model.tokenizer.n_vocab, model.tokenizer.eot_token) == (500, 0)
-    for text in (fineweb.__doc__, "中文 naïve, it's 1234\n\n  x 🙂"):
-        assert model.tokenizer.encode(text, allowed_special={EOT}) == theirs.encode(text).ids
-    ids = theirs.encode("shards ").ids
-    expected = greedy(lambda idx: hf(idx).logits, ids, 10, 500)
-    assert generate_text(model, "shards ", 10, temperature=0) == model.tokenizer.decode(expected)
-    model.save_pretrained(tmp_path / "again")
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert again(EOT + fineweb.__doc__)["input_ids"] == [0, *theirs.encode(fineweb.__doc__).ids]
-    assert tokenizer_to_dict(load_tokenizer(tmp_path / "again")) == tokenizer_to_dict(model.tokenizer)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t["model"].update(type="Unigram"), "it is Unigram, not BPE"),
-    (lambda t: t.update(normalizer={"type": "NFC"}), "it changes the text"),
-    (lambda t: t["pre_tokenizer"].update(pretokenizers=[{"type": "Whitespace"}]), "it splits text in another way"),
-    (lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), "it splits text in another way"),
-    (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "it splits text in another way"),
-    (lambda t: t["added_tokens"][0].update(content="<s>"), f"expected {EOT} and no other special token"),
-    (lambda t: t["model"]["merges"].reverse(), "its merges are not in the order of the ids"),
-    (lambda t: t["model"]["vocab"].pop("a"), "expected"),
-    (lambda t: t.pop("model"), "can't be read (KeyError: 'model')"),
-])
-def test_a_tokenizer_of_another_kind_is_refused(bpe, tmp_path, change, message):
-    export_tokenizer(bpe, tmp_path, 1024)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    change(spec)
-    spec.get("model", {}).get("vocab", {}).pop(EOT, None)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("how, message", [
-    (dict(gelu="relu"), "its activation_function is relu, expected gelu_new"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "its scale_attn_by_inverse_layer_idx is True, expected False"),
-    (dict(layer_norm_epsilon=1e-6), "its layer_norm_epsilon is 1e-06"),
-    (dict(n_inner=48), "its n_inner is 48"),
-])
-def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, how, message):
-    hugging_face(**how).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=message):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_a_directory_of_another_model_is_refused(tmp_path):
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                      num_attention_heads=2)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    (tmp_path / "empty").mkdir()
-    for name, message in (("llama", "is no GPT-2: its weights lack"), ("empty", "could be loaded")):
-        with pytest.raises(UserError, match=message) as error:
-            load_checkpoint(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def test_a_shorter_context_of_a_hugging_face_directory(tmp_path):
-    hf = hugging_face(block_size=64)
-    hf.save_pretrained(tmp_path)
-    model = GPT.from_checkpoint(load_checkpoint(tmp_path), block_size=16).eval()
-    idx = torch.randint(300, (2, 16))
-    assert model.config.block_size == 16 and model.transformer.wpe.weight.shape == (16, 32)
-    torch.testing.assert_close(model(idx)[0], hf(idx).logits, rtol=1e-4, atol=1e-4)
-
-
-# -----------------------------------------------------------------------------
-# the way out, from the command line
+    return train_mixed_bpe()
 
 
 @pytest.fixture
 def checkpoint(bpe, tmp_path):
-    model = GPT(GPTConfig(32, 704, 2, 2, 32))
-    torch.save(dict(model=model.state_dict(), config=dataclasses.asdict(model.config), tokenizer=tokenizer_to_dict(bpe)),
-               tmp_path / "model_00001.pt")
-    return tmp_path / "model_00001.pt"
-
-
-def test_export_from_the_command_line(bpe, checkpoint, tmp_path, monkeypatch):
-    done = run("inference.py", "--checkpoint_path", checkpoint, "--export", "to/hf", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"exported {checkpoint} to to/hf\n")
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to" / "hf")
-    idx = torch.randint(700, (1, 32))
-    expected = GPT.from_checkpoint(load_checkpoint(checkpoint))(idx)[0][..., :700]
-    assert hf.dtype == torch.float32
-    torch.testing.assert_close(hf(idx).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="is there already: choose another name"):
-        main_of(monkeypatch, inference, "--checkpoint_path", checkpoint, "--export", tmp_path / "to" / "hf")
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(),
-                                   SafetensorError("I/O error: No space left on device (os error 28)")])
-def test_an_export_that_is_cut_short_leaves_nothing(checkpoint, tmp_path, monkeypatch, error):
-    def fail(*args):
-        raise error
-
-    model = load_model_from_checkpoint(checkpoint, "cpu", "float32")
-    monkeypatch.setattr("gptlib.huggingface.export_tokenizer", fail)
-    (tmp_path / "hf").mkdir()  # an empty one may be filled
-    (tmp_path / "hf.tmp").mkdir()  # of an export that was killed
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError):
-        model.save_pretrained(tmp_path / "hf")
-    assert [p.name for p in tmp_path.iterdir() if p != checkpoint] == ["hf"] and not any((tmp_path / "hf").iterdir())
-    monkeypatch.undo()
-    model.save_pretrained(tmp_path / "hf")
-    assert (tmp_path / "hf" / "config.json").exists()
+    return write_checkpoint(bpe, tmp_path / "model_00001.pt")
 
 
 # -----------------------------------------------------------------------------
@@ -303,7 +68,8 @@ def as_main(monkeypatch, cls):
 
 
 def write_in_their_layout(kind, path, monkeypatch):
-    """A file as the other program writes it, from transformers' model; returns the function idx -> logits."""
+    """A file as the other program writes it, from transformers' model; returns the function idx ->
+    logits."""
     bias, n_vocab = kind != "nanoGPT, no bias", 50257 if kind == "nanoGPT, bias" else 50304
     hf = hugging_face(n_vocab, "gelu_new" if kind == "build-nanogpt" else "gelu", bias)
     conv = {f"{name}.weight" for name, module in hf.named_modules() if isinstance(module, Conv1D)}
@@ -323,7 +89,8 @@ def write_in_their_layout(kind, path, monkeypatch):
 
 
 def write_by_build_nanogpt(path, monkeypatch):
-    """Its own classes, and its own line that makes the dict; the script around them would train at import."""
+    """Its own classes, and its own line that makes the dict; the script around them would train at
+    import."""
     with open(os.path.join(os.environ["BUILD_NANOGPT"], "train_gpt2.py")) as f:
         tree = ast.parse(f.read())
     theirs = types.ModuleType("build_nanogpt")
@@ -371,7 +138,8 @@ def write_by_nanogpt(bias, path, folder):
 @pytest.fixture(scope="module", params=["build-nanogpt", "nanoGPT, bias", "nanoGPT, no bias", "BUILD_NANOGPT",
                                         "NANOGPT, bias", "NANOGPT, no bias"])
 def foreign(request, tmp_path_factory):
-    """A checkpoint in another program's layout, and what its model computes; in capitals: by that program's own code."""
+    """A checkpoint in another program's layout, and what its model computes; in capitals: by that
+    program's own code."""
     kind, folder = request.param, tmp_path_factory.mktemp("foreign")
     path = folder / "theirs.pt"
     variable = kind.split(",")[0]
@@ -388,6 +156,7 @@ def foreign(request, tmp_path_factory):
 
 
 def test_the_logits_of_a_foreign_checkpoint(foreign):
+    """Another layout, GELU or missing biases would give other logits in silence."""
     path, logits_of, bias, gelu = foreign
     model = GPT.from_checkpoint(load_checkpoint(path), dropout=0.0).eval()
     assert (model.config.bias, model.config.gelu) == (bias, gelu)
@@ -396,6 +165,8 @@ def test_the_logits_of_a_foreign_checkpoint(foreign):
 
 
 def test_inference_on_a_foreign_checkpoint(foreign, gpt2):
+    """A checkpoint without a tokenizer has to be sampled with GPT-2's, as the other program
+    does."""
     path, logits_of, *_ = foreign
     model = load_model_from_checkpoint(path, "cpu", "float32")
     prompt = "Hello, I'm a language model,"
@@ -404,6 +175,7 @@ def test_inference_on_a_foreign_checkpoint(foreign, gpt2):
 
 
 def test_hellaswag_on_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch, capsys):
+    """The accuracies have to be those of losses that the other program's own logits give."""
     path, logits_of, *_ = foreign
     rng, words = random.Random(0), "the cat sat on a mat and ran home over wet roof with dogs".split()
     examples, right = [], 0
@@ -423,8 +195,9 @@ def test_hellaswag_on_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch,
     assert capsys.readouterr().out == f"8 examples, acc: {right / 8:.4f}, acc_norm: 1.0000\n"
 
 
-def test_training_from_a_foreign_checkpoint_with_a_shorter_context(foreign, gpt2, tmp_path, monkeypatch):
-    """The loss before the first step is the other program's; a step of rate 0 keeps the weights and all they need."""
+def test_training_from_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch):
+    """Fine-tuning with a shorter context: the first loss is the other program's, and a step of
+    rate 0 keeps the weights."""
     path, logits_of, bias, gelu = foreign
     rng = np.random.default_rng(0)
     tokens = {split: rng.integers(50257, size=800).astype(np.uint16) for split in ("train", "val")}
@@ -432,8 +205,8 @@ def test_training_from_a_foreign_checkpoint_with_a_shorter_context(foreign, gpt2
     for split in tokens:  # as build-nanogpt writes them: no meta.json
         np.save(tmp_path / "data" / f"edufineweb_{split}_000000.npy", tokens[split])
     monkeypatch.chdir(tmp_path)
-    how = {**SHAPELESS, "block_size": 16, "max_steps": 1, "max_lr": 0, "val_tokens": 640}
-    main_of(monkeypatch, train_gpt2, *flags(**how), "--init_from", path, "--data_root", "data")
+    settings = {**SHAPELESS, "block_size": 16, "max_steps": 1, "max_lr": 0, "val_tokens": 640}
+    main_of(monkeypatch, train_gpt2, *flags(**settings), "--init_from", path, "--data_root", "data")
     windows = torch.tensor(tokens["val"][:641].astype(np.int64)).unfold(0, 17, 16)  # (40, 17)
     expected = F.cross_entropy(logits_of(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     assert float(read_log("log")["val"][0]) == pytest.approx(expected.item(), abs=2e-4)
@@ -443,34 +216,7 @@ def test_training_from_a_foreign_checkpoint_with_a_shorter_context(foreign, gpt2
     torch.testing.assert_close(model(idx)[0], logits_of(idx), rtol=1e-4, atol=1e-4)
 
 
-def test_all_prefixes_of_ddp_and_compile(tmp_path):
-    model = GPT(GPTConfig(8, 61, 1, 1, 8))
-    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        torch.save({"model": {prefix + k: v for k, v in model.state_dict().items()},
-                    "config": dataclasses.asdict(model.config)}, tmp_path / "a.pt")
-        assert load_checkpoint(tmp_path / "a.pt")["model"].keys() == model.state_dict().keys()
-
-
 SIZES = dict(block_size=8, vocab_size=61, n_layer=1, n_head=1, n_embd=8)
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda c: c.pop("model"), "is no checkpoint of a GPT: it has no model"),
-    (lambda c: c.pop("model_args"), "is no checkpoint of a GPT: it has no config"),
-    (lambda c: c.update(model_args=3), "is no checkpoint of a GPT: it has no config"),
-    (lambda c: c["model_args"].pop("n_head"), "is no checkpoint of a GPT: it has no n_head"),
-    (lambda c: c["model"].pop("transformer.h.0.ln_1.bias"), 'Missing key(s) in state_dict: "transformer.h.0.ln_1.bias"'),
-    (lambda c: c["model"].update({"head.weight": torch.zeros(1)}), 'Unexpected key(s) in state_dict: "head.weight"'),
-    (lambda c: c["model_args"].update(n_embd=16), "size mismatch for transformer.wte.weight"),
-])
-def test_what_is_missing_is_named(tmp_path, change, message):
-    contents = {"model": GPT(GPTConfig(**SIZES)).state_dict(), "model_args": {**SIZES, "bias": True, "dropout": 0.0}}
-    GPT.from_checkpoint({"model": contents["model"], "config": SIZES})
-    change(contents)
-    torch.save(contents, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        GPT.from_checkpoint(load_checkpoint(tmp_path / "a.pt"))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 class Evil:
@@ -484,7 +230,9 @@ class Evil:
 
 
 @pytest.mark.parametrize("where", ["config", "model_args", "model", "tokenizer", "hugging face"])
-def test_a_file_that_would_run_code_is_refused_everywhere(tmp_path, monkeypatch, where, data_root):
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, data_root):
+    """A pickle can run any code when it is loaded: no script may load it, wherever in the file it
+    hides."""
     owned, evil = tmp_path / "owned", tmp_path / "evil.pt"
     model = GPT(GPTConfig(**SIZES))
     contents = {"model": model.state_dict(), "config": SIZES, where: Evil(owned)}
@@ -505,7 +253,8 @@ def test_a_file_that_would_run_code_is_refused_everywhere(tmp_path, monkeypatch,
     for attempt in attempts:
         with pytest.raises(UserError, match="can be read|could be loaded") as error:
             attempt()
-        assert "\n" not in str(error.value) and not owned.exists()
+        assert "\n" not in str(error.value)
+        assert not owned.exists()
         if str(error.value).startswith(f"'{evil}' is no checkpoint"):
             assert "it asks for posix.mkdir to be run, which is refused" in str(error.value)
     if where != "hugging face":  # without the guard it would have run
@@ -518,7 +267,9 @@ def test_a_file_that_would_run_code_is_refused_everywhere(tmp_path, monkeypatch,
 # fine-tuning on a text of one's own
 
 
-def test_a_text_is_prepared_with_the_tokenizer_of_what_it_fine_tunes(bpe, tmp_path, checkpoint):
+def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpoint):
+    """Fine-tuning needs shards with the model's own token ids, whatever the tokenizer is taken
+    from."""
     text = fineweb.__doc__ * 30
     (tmp_path / "a.txt").write_text(text)
     load_model_from_checkpoint(checkpoint, "cpu").save_pretrained(tmp_path / "hf")
@@ -529,19 +280,23 @@ def test_a_text_is_prepared_with_the_tokenizer_of_what_it_fine_tunes(bpe, tmp_pa
     for i, source in enumerate((checkpoint, tmp_path / "hf", tmp_path / "dataset")):
         root = tmp_path / f"data{i}"
         meta = prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source))
-        assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700) and find_tokenizer(root) == tokenizer_to_dict(bpe)
+        assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700)
+        assert find_tokenizer(root) == tokenizer_to_dict(bpe)
         train, val = (np.load(list_shards(root, split)[0]) for split in ("train", "val"))
         assert bpe.decode(np.concatenate((train, val))) == EOT + text
         shards.append(train.tolist())
         checkpoint.unlink(missing_ok=True)  # once prepared, the directory needs nothing else
         assert prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source)) == meta
-    assert shards[0] == shards[1] == shards[2]
+    assert shards[0] == shards[1]
+    assert shards[1] == shards[2]
     with pytest.raises(UserError, match="no tokenizer in .*nowhere"):
         prepare(tmp_path / "data9", "files", files=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "nowhere"))
     assert not (tmp_path / "data9").exists()
 
 
-def test_fine_tuning_a_hugging_face_directory_from_the_command_line(bpe, tmp_path, monkeypatch):
+def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
+    """The two commands of the README: prepare with the model's tokenizer, train from its
+    weights."""
     (tmp_path / "a.txt").write_text(fineweb.__doc__ * 30)
     model = GPT(GPTConfig(64, 704, 2, 2, 32))
     model.save_pretrained(tmp_path / "hf", bpe)
@@ -551,7 +306,8 @@ def test_fine_tuning_a_hugging_face_directory_from_the_command_line(bpe, tmp_pat
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     val = {step: float(loss) for step, loss in read_log(tmp_path / "log")["val"].items()}
-    assert val[0] == pytest.approx(np.log(700), abs=0.2) and val[30] < 4.5
+    assert val[0] == pytest.approx(np.log(700), abs=0.2)
+    assert val[30] < 4.5
     assert load_checkpoint(tmp_path / "log" / "latest_checkpoint.pt")["tokenizer"] == tokenizer_to_dict(bpe)
     wrong = write_dataset(tmp_path / "bytes", [english(900)], [english(300)])
     with pytest.raises(UserError, match=r"is not the checkpoint's \(bpe\).* fineweb.py --tokenizer THE_CHECKPOINT"):
@@ -561,46 +317,35 @@ def test_fine_tuning_a_hugging_face_directory_from_the_command_line(bpe, tmp_pat
 # -----------------------------------------------------------------------------
 # a language of one's own
 
-WHO = "爷爷 奶奶 小明 姐姐 老师 邻居家的孩子 卖豆腐的师傅 画家 渔夫 我们".split()
-WHEN = "清晨 傍晚 下雪的时候 春天来了， 每个星期天 昨天夜里 中秋节那天 雨停以后".split()
-WHERE = "在河边 在村口的大树下 在图书馆里 在山上的茶园 在厨房 在安静的院子里 沿着长长的石板路 在海边".split()
-WHAT = "慢慢地散步 给大家讲故事 写了一封很长的信 唱起了从前的歌 看着月亮喝茶 种了三棵苹果树 画了一只鸟 等朋友回来".split()
-
-
-def chinese(n, seed=0):
-    """n sentences, some of them with a number, a Latin word or an emoji."""
-    rng = random.Random(seed)
-    for _ in range(n):
-        end = rng.choice(["。", "。", "！", "……", f"，一共{rng.randrange(1000)}次。", " OK 🙂。\n"])
-        yield rng.choice(WHEN) + rng.choice(WHO) + rng.choice(WHERE) + rng.choice(WHAT) + end
-
-
-def test_a_folder_of_chinese_becomes_a_model_that_writes_chinese(tmp_path):
-    """The README's recipe: text in any language -> tokenizer, shards, model, samples."""
+def test_a_folder_of_chinese_becomes_a_model(tmp_path):
+    """The README's recipe for any language, text -> tokenizer -> shards -> model, has to give
+    whole characters of it."""
     files = {"书/春.txt": chinese(250, 1), "书/旧/夏.md": chinese(150, 2), "书/秋.txt": chinese(100, 3)}
     texts = {}
     for name, sentences in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         texts[name] = "".join(sentences)
         (tmp_path / name).write_text(texts[name], encoding="utf-8")
-    how = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, total_batch_size=512, batch_size=16, max_steps=120,
-               warmup_steps=10, max_lr=1e-2, optimizer="muon", num_samples=2, sample_length=24)
+    settings = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, total_batch_size=512, batch_size=16, max_steps=120,
+                    warmup_steps=10, max_lr=1e-2, optimizer="muon", num_samples=2, sample_length=24)
     for args in (["fineweb.py", "--files", "书/**/*.*", "--tokenizer", "bpe", "--vocab_size", 600, "--data_root", "data"],
                  ["train_gpt2.py", "--preset", "demo", "--data_root", "data", "--sample_prompt", "春天来了，",
-                  *flags(**how, device="cpu")],
+                  *flags(**settings, device="cpu")],
                  ["inference.py", "--prompt", "奶奶", "--max_length", 40, "--top_k", 5, "--seed", 1, "--num_samples", 3,
                   "--device=cpu", "--dtype=float32"]):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         if args[0] == "train_gpt2.py":
             said = [line.removeprefix("sample: ") for line in done.stdout.splitlines() if line.startswith("sample: ")]
-    assert len(said) == 2 and all(text.startswith("春天来了，") for text in said)
+    assert len(said) == 2
+    assert all(text.startswith("春天来了，") for text in said)
 
     # the tokenizer round-trips every document, and splits them into fewer tokens than others do
     enc = load_tokenizer(tmp_path / "data")
     val, train = (np.load(list_shards(tmp_path / "data", split)[0]) for split in ("val", "train"))
     documents = enc.decode(np.concatenate((train, val))).split(EOT)
-    assert documents[0] == "" and sorted(documents[1:]) == sorted(texts.values())
+    assert documents[0] == ""
+    assert sorted(documents[1:]) == sorted(texts.values())
     meta = read_meta(tmp_path / "data")
     assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in texts.values())
     text = "".join(chinese(50, 4))  # unseen
@@ -609,15 +354,18 @@ def test_a_folder_of_chinese_becomes_a_model_that_writes_chinese(tmp_path):
     with contextlib.suppress(UserError):  # no GPT-2 vocabulary
         others.append(load_tokenizer("gpt2"))
     tokens = enc.encode_ordinary(text)
-    assert enc.decode(tokens) == text and len(tokens) < len(text)  # more than a character a token
+    assert enc.decode(tokens) == text
+    assert len(tokens) < len(text)  # more than a character a token
     for other in others:
         assert len(tokens) < 0.5 * len(other.encode_ordinary(text))
 
     # the samples are of whole characters, and of this language
     samples = done.stdout.split("\n---\n")
-    assert len(samples) == 3 and all(sample.startswith("奶奶") for sample in samples)
+    assert len(samples) == 3
+    assert all(sample.startswith("奶奶") for sample in samples)
     written = "".join(samples + said)
-    assert "\ufffd" not in written and len(written) > 150
+    assert "\ufffd" not in written
+    assert len(written) > 150
     assert set(written) <= set("".join(texts.values())) | set("-\n")
     words = sum(written.count(word) for word in WHO + WHEN + WHERE + WHAT)
     assert words > len(written) / 12, written  # a sentence is four of them, of some 17 characters

@@ -39,7 +39,8 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused(holder, tmp_path):
-    """Two runs that write checkpoints of one name into one folder; the error has to say whose run to look for."""
+    """Two runs that write checkpoints of one name into one folder; the error has to say whose run
+    to look for."""
     with pytest.raises(UserError) as error:
         with lock_directory(tmp_path / "log"):
             pass
@@ -49,7 +50,8 @@ def test_a_second_process_is_refused(holder, tmp_path):
 
 
 def test_a_refused_process_does_not_end_the_lock(holder, tmp_path):
-    """With POSIX locks, closing a file can release a lock: the third run must be refused like the second."""
+    """With POSIX locks, closing a file can release a lock: the third run must be refused like the
+    second."""
     for _ in range(2):
         with pytest.raises(UserError, match=f"process {holder.pid} "):
             with lock_directory(tmp_path / "log"):
@@ -68,7 +70,8 @@ def test_the_lock_ends_with_its_process(holder, tmp_path, number):
 
 
 def test_the_lock_is_free_after_the_block(tmp_path):
-    """A lock that is kept after the block, or after an error in it, would refuse the next run of the same process."""
+    """A lock that is kept after the block, or after an error in it, would refuse the next run of
+    the same process."""
     with pytest.raises(KeyError):
         with lock_directory(tmp_path / "log"):
             raise KeyError
@@ -77,7 +80,8 @@ def test_the_lock_is_free_after_the_block(tmp_path):
 
 
 def test_the_same_process_is_refused_too(tmp_path):
-    """A process may take its own POSIX lock again, and would release both at the end of the inner block."""
+    """A process may take its own POSIX lock again, and would release both at the end of the inner
+    block."""
     with lock_directory(tmp_path / "log"):
         with pytest.raises(UserError, match="in use by this very process"):
             with lock_directory(tmp_path / "other" / ".." / "log"):
@@ -107,7 +111,8 @@ def test_without_fcntl_there_is_a_warning(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", ["", "{", "3", '{"pid": 1}'])
 def test_an_owner_that_can_not_be_read(tmp_path, text):
-    """A full disk leaves an empty lock file: the refusal must not become a traceback about its contents."""
+    """A full disk leaves an empty lock file: the refusal must not become a traceback about its
+    contents."""
     with open(tmp_path / lock.LOCK_NAME, "w+") as file:
         file.write(text)
         assert lock.describe_owner(file) == "another process"
