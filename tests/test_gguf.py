@@ -23,8 +23,8 @@ from train_gpt2 import GPT, GPTConfig
 
 TEXT = "The cats aren't on the mats; we'll see 1234 of them, naïve 日本語 🙂🙂.\n\n  def f(x):\n\treturn x\n"
 HOSTILE = ["", " ", "  ", "\n", " \n\n  a", "a  \u3000 b", "don't I'LL we've 'sample", "x\u0000y", "\r\n\t \t", EOT,
-           "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦", "١٢٣ क्षि ไทย", "\u00a0\u0085\u2028 x", "\ufeffx\u200by",
-           "a" * 300, " " * 70 + "x", "-" * 99, "\U000e0041\u0378\ue000\U0010ffff", "</s><|im_end|> <0x0A>", TEXT * 3]
+           "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦", "١٢٣ क्षि ไทย", "\u00a0\u0085\u2028 x",
+           "\ufeffx\u200by", "a" * 300, " " * 70 + "x", "-" * 99, "\U000e0041\u0378\ue000\U0010ffff", "</s><|im_end|> <0x0A>", TEXT * 3]
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,6 @@ def test_llama_cpp_makes_the_same_ids_and_text(request, tmp_path, vocabulary, dt
     enc = request.getfixturevalue(vocabulary)
     model = make_model(enc, std=0.1, n_embd=64)
     path = export(model, enc, tmp_path / "m.gguf", dtype)
-    for name, values in read_tensors(path).items():  # the float32 model has the file's weights, rounding aside
-        assert np.isfinite(values).all(), name
     llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, verbose=False, logits_all=True)
     try:
         for text in HOSTILE:
@@ -228,8 +226,11 @@ def test_llama_cpp_makes_the_same_ids_and_text(request, tmp_path, vocabulary, dt
             margins.append(first - second)
             idx.append(logits.argmax().item())
         llama.eval(idx[:-1])
-        theirs = np.array(llama.scores[n_prompt - 1:len(idx) - 1]).argmax(-1).tolist()
-        error = {"f16": 0.05, "bf16": 0.2, "q8_0": 0.2}[dtype]
+        scores = np.array(llama.scores[n_prompt - 1:len(idx) - 1])
+        theirs = scores.argmax(-1).tolist()
+        ours = model(torch.tensor([idx[:-1]]))[0][0, n_prompt - 1:, :enc.n_vocab].numpy()
+        error = {"f16": 0.001, "bf16": 0.005, "q8_0": 0.02}[dtype]
+        assert np.abs(scores - ours).max() < error
         wrong = [i for i in range(100) if theirs[i] != idx[n_prompt + i] and margins[i] > error]
         assert wrong == [], f"greedy tokens that differ by more than rounding, of {theirs}"
     finally:
