@@ -138,14 +138,15 @@ def sampling_body():
 def generate_body(settings):
     """The body of /generate, as a pydantic model."""
     from pydantic import Field
-    max_prompt, max_length = settings.max_prompt_length, settings.max_length_limit
+    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
     capacity = settings.slots + settings.queue_size
 
     class Generate(sampling_body()):
         prompt: str = Field(
-            max_length=max_prompt, description=f"a text of at most {max_prompt} characters")
+            max_length=prompt_limit,
+            description=f"a text of at most {prompt_limit} characters")
         max_length: int = sampling_field(
-            "max_length", min(DEFAULT_MAX_LENGTH, max_length), max_length)
+            "max_length", min(DEFAULT_MAX_LENGTH, length_limit), length_limit)
         temperature: float = sampling_field("temperature", 0.8)
         top_k: int | None = sampling_field("top_k", 50, MAX_TOP_K, "; null: from all")
         num_samples: int = number_field(int, 1, 1, capacity)
@@ -156,7 +157,7 @@ def generate_body(settings):
 def completion_body(settings):
     """The body of /v1/completions, as a pydantic model: OpenAI's fields."""
     from pydantic import Field
-    max_prompt, max_length = settings.max_prompt_length, settings.max_length_limit
+    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
     capacity = settings.slots + settings.queue_size
 
     class StreamOptions(strict_body()):
@@ -166,9 +167,9 @@ def completion_body(settings):
         model: str | None = Field(
             None, max_length=MAX_NAME_LENGTH, description="the name that /v1/models lists")
         prompt: str | list[str] | list[int] | list[list[int]] = Field(
-            max_length=max_prompt, description=describe_prompt(max_prompt))
+            max_length=prompt_limit, description=describe_prompt(prompt_limit))
         max_tokens: int | None = sampling_field(
-            "max_length", min(DEFAULT_MAX_TOKENS, max_length), max_length)
+            "max_length", min(DEFAULT_MAX_TOKENS, length_limit), length_limit)
         temperature: float | None = sampling_field("temperature", 1.0)
         top_k: int | None = sampling_field("top_k", None, MAX_TOP_K, "; null: from all")
         n: int | None = number_field(int, 1, 1, capacity)

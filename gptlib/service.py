@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from gptlib.api import ApiError
-from gptlib.engine import Engine, TextStream
+from gptlib.engine import Engine
 from gptlib.sampling import SamplingParams
+from gptlib.text import TextStream
 
 SMALL_MODEL = 10**7  # parameters; one thread finishes its step before a second one has woken up
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -266,8 +267,8 @@ class Service:
                 raise ApiError(429, message, code="queue_full", retry_after=1)
             requests = []
             for i, prompt in enumerate(prompts):
-                settings = dataclasses.asdict(params) | dict(seed=params.seed + i)
-                requests.append(self.engine.submit(prompt, **settings))
+                own = dataclasses.replace(params, seed=params.seed + i)
+                requests.append(self.engine.submit(prompt, own))
             job = Job(self, requests, stop, is_disconnected)
             self.jobs.add(job)
         self.metrics.prompt_tokens.inc(sum(len(prompt) for prompt in prompts))

@@ -241,9 +241,9 @@ ERRORS = [
     (dict(prompt="a", max_length=5.0), "max_length is 5.0: expected a whole number"),
     (dict(prompt="a", max_length="5"), 'max_length is "5": expected a whole number'),
     (dict(prompt="a", max_length=None), "max_length is null: expected"),
-    (dict(prompt="a", temperature=float("nan")), "temperature is NaN: expected a number from 0 (greedy) to 2"),
-    (dict(prompt="a", temperature=float("inf")), "temperature is Infinity: expected a number from 0 (greedy) to 2"),
-    (dict(prompt="a", temperature=-0.1), "temperature is -0.1: expected a number from 0 (greedy) to 2"),
+    (dict(prompt="a", temperature=float("nan")), "temperature is NaN: expected a number from 0 to 2: 0 is greedy"),
+    (dict(prompt="a", temperature=float("inf")), "temperature is Infinity: expected a number from 0 to 2: 0 is greedy"),
+    (dict(prompt="a", temperature=-0.1), "temperature is -0.1: expected a number from 0 to 2: 0 is greedy"),
     (dict(prompt="a", temperature=False), "temperature is false: expected"),
     (dict(prompt="a", top_p=0), "top_p is 0: expected a number above 0 and up to 1"),
     (dict(prompt="a", top_k=0), "top_k is 0: expected a whole number from 1 to"),
@@ -324,8 +324,8 @@ def test_the_openai_package_completes_streams_lists_and_raises(server, model):
     assert [c.text[:3] for c in several.choices[2:]] == ["abc", "abc"]
     assert several.usage.prompt_tokens == 5 and several.choices[0].text != several.choices[1].text
     assert client.completions.create(model="model_40000", prompt=[[1, 2], [3]]).usage.prompt_tokens == 3
-    for wrong, message in ((dict(temperature=3), "from 0 (greedy) to 2"), (dict(logprobs=2), "not offered here"),
-                           (dict(best_of=4), "not offered here"), (dict(max_tokens=0), "from 1 to 50000"),
+    for wrong, message in ((dict(temperature=3), "from 0 to 2: 0 is greedy"), (dict(logprobs=2), "not supported"),
+                           (dict(best_of=4), "not supported"), (dict(max_tokens=0), "from 1 to 50000"),
                            (dict(prompt=[300]), "token id out of range"), (dict(prompt=[]), "prompt is an empty list"),
                            (dict(prompt=["a"] * 5, n=2), "prompt makes 10 sequences"),
                            (dict(prompt=["a", "a" * 32769]), "at most 32768 characters")):
@@ -526,8 +526,8 @@ def test_what_is_not_done_in_time_gets_504(faulty):
 
 
 def test_loading_then_sigterm_with_requests_in_flight(home):
-    code = FAULTS + "load = serve.load_model_from_checkpoint\n" \
-        "serve.load_model_from_checkpoint = lambda *a: (time.sleep(1), load(*a))[1]"
+    code = FAULTS + "load = serve.load_for_sampling\n" \
+        "serve.load_for_sampling = lambda *a: (time.sleep(1), load(*a))[1]"
     with serving(home, code, SLOTS="1") as server:
         health = server.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "loading"
