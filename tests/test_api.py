@@ -3,6 +3,7 @@
 python -m pytest tests/test_api.py
 """
 
+import dataclasses
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ import serving
 from hypothesis import HealthCheck, given, settings, strategies as st
 from serving import WAIT, events
 
+from gptlib.sampling import SamplingParams
 from inference import generate_text
 
 model, home, server = serving.model, serving.home, serving.server
@@ -278,3 +280,21 @@ def test_hostile_bodies_never_cause_a_500(server, path):
     assert server.post(prompt="abc", max_length=5).json()["tokens_generated"] == 5
     assert server.metric("gpt2_sequences_total", finish_reason="error") == 0
     assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("schema", ["Generate", "Completion"])
+def test_the_openapi_ranges_are_those_of_sampling(server, schema):
+    """Guards against ranges that are told twice and differ, and a description without them."""
+    description = server.get("/openapi.json").json()["components"]["schemas"][schema]
+    declared = {field.name: field.metadata for field in dataclasses.fields(SamplingParams)}
+    for name, schema_key, limit in (
+        ("temperature", "minimum", "low"),
+        ("temperature", "maximum", "high"),
+        ("top_p", "exclusiveMinimum", "above"),
+        ("top_p", "maximum", "high"),
+        ("top_k", "minimum", "low"),
+        ("seed", "minimum", "low"),
+    ):
+        field = description["properties"][name]
+        kinds = field.get("anyOf", [field])  # anyOf: a number or null
+        assert kinds[0][schema_key] == declared[name][limit], name
