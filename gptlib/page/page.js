@@ -1,50 +1,153 @@
 "use strict";
-const $ = id => document.getElementById(id), tell = (text, bad) => {
-  $("status").textContent = text; $("status").classList.toggle("bad", !!bad) };
-for (const knob of document.querySelectorAll("input[type=range]"))
-  (knob.oninput = () => knob.previousElementSibling.textContent = knob.value)();
 
-async function look() {  // what is loaded, and what it needs
-  const health = await (await fetch("health")).json().catch(() => ({status: "out of reach"}));
-  $("keybox").hidden = !health.key_required;
-  if (!health.model) { $("about").textContent = "the model is " + health.status; return setTimeout(look, 1000); }
-  if (!$("prompt").value) $("prompt").value = health.sample_prompt;
-  const at = health.step === null ? "" : ` at step ${health.step.toLocaleString("en")}`;
-  $("about").textContent = `${health.model}${at}, ${(health.parameters / 1e6).toPrecision(3)}M parameters, context of `
-    + `${health.context} tokens, on ${health.device} in ${health.dtype}`;
-  $("max_length").max = health.max_length_limit; $("max_length").oninput();
+const element = id => document.getElementById(id);
+const END_OF_STREAM = "data: [DONE]";
+const RETRY_MILLISECONDS = 1000;
+
+let running = null;  // the AbortController of the request in flight
+
+function showStatus(text, isError = false) {
+  element("status").textContent = text;
+  element("status").classList.toggle("error", isError);
 }
-look().catch(() => { $("about").textContent = "the server is out of reach" });
 
-let running = null;
-async function generate() {
-  running = new AbortController();
-  $("go").disabled = true; $("stop").disabled = false;
-  const body = {prompt: $("prompt").value, max_length: +$("max_length").value, temperature: +$("temperature").value,
-    top_k: +$("top_k").value || null, top_p: +$("top_p").value, stream: true};
-  if ($("seed").value) body.seed = +$("seed").value;
+// Show a slider's value beside its name, now and whenever it moves.
+function connectSlider(slider) {
+  slider.oninput = () => {
+    slider.previousElementSibling.textContent = slider.value;
+  };
+  slider.oninput();
+}
+
+function describeModel(health) {
+  const step = health.step === null ? "" : ` at step ${health.step.toLocaleString("en")}`;
+  const millions = (health.parameters / 1e6).toPrecision(3);
+  return `${health.model}${step}, ${millions}M parameters, context of ${health.context} tokens, `
+    + `on ${health.device} in ${health.dtype}`;
+}
+
+// Ask the server what it has loaded, again and again until the model is there.
+async function showModel() {
+  const response = await fetch("health");
+  const health = await response.json().catch(() => ({status: "out of reach"}));
+  element("keybox").hidden = !health.key_required;
+  if (!health.model) {
+    element("about").textContent = `the model is ${health.status}`;
+    setTimeout(showModelOrError, RETRY_MILLISECONDS);
+    return;
+  }
+  if (!element("prompt").value) {
+    element("prompt").value = health.sample_prompt;
+  }
+  element("about").textContent = describeModel(health);
+  element("max_length").max = health.max_length_limit;
+  element("max_length").oninput();  // the browser has lowered a value above the new maximum
+}
+
+function showModelOrError() {
+  showModel().catch(() => {
+    element("about").textContent = "the server is out of reach";
+  });
+}
+
+function readSettings() {
+  const body = {
+    prompt: element("prompt").value,
+    max_length: Number(element("max_length").value),
+    temperature: Number(element("temperature").value),
+    top_k: Number(element("top_k").value) || null,  // 0 is "off", for which the API has null
+    top_p: Number(element("top_p").value),
+    stream: true,
+  };
+  if (element("seed").value) {
+    body.seed = Number(element("seed").value);
+  }
+  return body;
+}
+
+async function requestStream(body, signal) {
   const headers = {"Content-Type": "application/json"};
-  if ($("key").value) headers["X-API-Key"] = $("key").value;
-  const said = document.createElement("span"), start = performance.now();
-  said.textContent = body.prompt; $("text").replaceChildren(said, ""); tell("...");
-  try {
-    const response = await fetch("generate", {method: "POST", headers, body: JSON.stringify(body), signal: running.signal});
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let held = "", part; !(part = await reader.read()).done;) {
-      const events = (held + part.value).split("\n\n");
-      held = events.pop();
-      for (const event of events.filter(e => e !== "data: [DONE]").map(e => JSON.parse(e.slice(6)))) {
-        if (event.error) throw new Error(event.error.message);
-        $("text").lastChild.data += event.text;
-        const n = event.tokens_generated, seconds = (performance.now() - start) / 1000;
-        if (n !== undefined) tell(`${n} tokens in ${seconds.toFixed(1)} s, ${(n / seconds).toFixed(0)} tokens/s; seed `
-          + `${event.seed}, ${event.finish_reason}`);
+  if (element("key").value) {
+    headers["X-API-Key"] = element("key").value;
+  }
+  const response = await fetch("generate", {
+    method: "POST", headers, body: JSON.stringify(body), signal});
+  if (!response.ok) {
+    throw new Error((await response.json()).error.message);
+  }
+  return response;
+}
+
+// Yield the server-sent events of a response. A network chunk may end in the middle of an event,
+// so what follows the last blank line waits for the next chunk.
+async function* readEvents(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let incomplete = "";
+  while (true) {
+    const {done, value} = await reader.read();
+    if (done) {
+      return;
+    }
+    const events = (incomplete + value).split("\n\n");
+    incomplete = events.pop();
+    for (const event of events) {
+      if (event !== END_OF_STREAM) {
+        yield JSON.parse(event.slice("data: ".length));
       }
     }
-  } catch (error) { error.name === "AbortError" ? tell("stopped") : tell(error.message, true); }
-  $("go").disabled = false; $("stop").disabled = true;
+  }
 }
-$("go").onclick = generate;
-$("stop").onclick = () => running.abort();
-$("prompt").onkeydown = e => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && !$("go").disabled) generate() };
+
+// Only the last event has the number of tokens; before it there is nothing to show.
+function showSummary(event, seconds) {
+  const tokens = event.tokens_generated;
+  if (tokens !== undefined) {
+    const rate = (tokens / seconds).toFixed(0);
+    showStatus(`${tokens} tokens in ${seconds.toFixed(1)} s, ${rate} tokens/s; `
+      + `seed ${event.seed}, ${event.finish_reason}`);
+  }
+}
+
+async function streamText(signal) {
+  const body = readSettings();
+  const start = performance.now();
+  const prompt = document.createElement("span");
+  prompt.textContent = body.prompt;  // textContent: a prompt with tags in it stays text
+  const generated = document.createTextNode("");
+  element("text").replaceChildren(prompt, generated);
+  showStatus("...");
+  for await (const event of readEvents(await requestStream(body, signal))) {
+    if (event.error) {
+      throw new Error(event.error.message);
+    }
+    generated.data += event.text;
+    showSummary(event, (performance.now() - start) / 1000);
+  }
+}
+
+async function generate() {
+  running = new AbortController();
+  element("go").disabled = true;
+  element("stop").disabled = false;
+  try {
+    await streamText(running.signal);
+  } catch (error) {
+    const isAbort = error.name === "AbortError";
+    showStatus(isAbort ? "stopped" : error.message, !isAbort);
+  }
+  element("go").disabled = false;
+  element("stop").disabled = true;
+}
+
+function generateOnCtrlEnter(event) {
+  const isShortcut = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+  if (isShortcut && !element("go").disabled) {
+    generate();
+  }
+}
+
+document.querySelectorAll("input[type=range]").forEach(connectSlider);
+element("go").onclick = generate;
+element("stop").onclick = () => running.abort();
+element("prompt").onkeydown = generateOnCtrlEnter;
+showModelOrError();
