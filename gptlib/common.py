@@ -94,8 +94,8 @@ def atomic_write(path, write):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}. Make room or choose another "
-                        "place; what was there before is intact") from error
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}. Make room or choose "
+                        "another place; what was there before is intact") from error
     finally:
         tmp.unlink(missing_ok=True)
 

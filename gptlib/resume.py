@@ -21,8 +21,8 @@ def check_fit(cfg, checkpoint, tokenizer):
     limit = theirs["block_size"]
     if cfg.block_size > limit or (resumed and cfg.block_size != limit):
         remedy = "leave it out" if resumed else "give at most that"
-        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has {limit}: "
-                        f"{remedy}")
+        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has "
+                        f"{limit}: {remedy}")
     check_same_tokenizer(cfg.data_root, tokenizer, checkpoint["tokenizer"])
     if resumed and len(checkpoint["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
         raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with "
@@ -40,8 +40,8 @@ def check_same_tokenizer(data_root, tokenizer, theirs):
     source = "gpt2" if name == "gpt2" else "THE_CHECKPOINT"
     raise UserError(
         f"the tokenizer of --data_root {data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) "
-        f"is not the checkpoint's ({name}): give the dataset that goes with it, or make one of your "
-        f"text by python fineweb.py --tokenizer {source}")
+        f"is not the checkpoint's ({name}): give the dataset that goes with it, or make one of "
+        f"your text by python fineweb.py --tokenizer {source}")
 
 
 def restore_training_state(checkpoint, optimizers, scaler):
