@@ -37,6 +37,7 @@ from pathlib import Path
 
 from gptlib.common import ArgumentParser, UserError, atomic_write, run_main, warn
 from gptlib.dataset import list_shards, read_checksums, read_meta, verify_shard
+from gptlib.lock import lock_directory
 from gptlib.preparation import ShardWriter, encode_stream, training_text, whole_documents
 from gptlib.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
@@ -44,12 +45,13 @@ from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
 def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
             tokenizer="gpt2", vocab_size=None, shard_size=10**8, val_fraction=0.1, num_proc=None,
-            seed=1337, prefix="edufineweb", max_tokens=None):
+            seed=1337, prefix="edufineweb", max_tokens=None, pattern=None):
     """Write the shards, meta.json and tokenizer of a dataset directory, or continue after a kill.
 
     source: "fineweb" (dataset, name and column: on the Hub, or a local directory of its layout),
-    "files" (files: a glob pattern) or "stdlib". tokenizer: "bpe" trains one of vocab_size ids;
-    anything else is what named_tokenizer takes. shard_size is in tokens; num_proc: threads;
+    "files" (files: a glob pattern) or "stdlib". tokenizer: "bpe" trains one of vocab_size ids,
+    which splits text as GPT-2 does where pattern is "gpt2"; anything else is what named_tokenizer
+    takes. shard_size is in tokens; num_proc: threads;
     max_tokens: end before the first document that would go past it.
     Returns the contents of meta.json. Raises UserError for errors that the user can fix.
     """
@@ -57,12 +59,15 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     num_proc = os.cpu_count() if num_proc is None else num_proc
     check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
                   max_tokens)
+    if pattern is not None and (pattern != "gpt2" or tokenizer != "bpe"):
+        raise UserError(f"--tokenizer {tokenizer} --pattern {pattern}: expected bpe with gpt2, or "
+                        "no --pattern")
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     description, read = open_source(source, files, dataset, name, column)
     settings = {"source": description, "tokenizer": tokenizer, "vocab_size": vocab_size,
                 "shard_size": shard_size, "val_fraction": val_fraction, "seed": seed,
-                "prefix": prefix, "max_tokens": max_tokens}
+                "prefix": prefix, "max_tokens": max_tokens, "pattern": pattern}
 
     # continue what an interrupted run with these settings has left, or begin
     meta = read_meta(root)
@@ -75,15 +80,15 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
         print(f"{root} is complete: {sum(meta['tokens'].values()):,} tokens in "
               f"{len(finished_shards)} shards. Nothing to do")
         return meta
-    if changed:
-        meta, enc = begin_dataset(root, settings, read)
-    else:
-        enc = load_tokenizer(root)  # it was written before meta.json was
-
-    writer = ShardWriter(root, meta, enc, finished_shards)
-    tell_room_needed(root, max_tokens, dataset, name, written=writer.totals()["tokens"])
-    writer.save_meta()
-    write_documents(writer, enc, read, num_proc, max_tokens)
+    with lock_directory(root):
+        if changed:
+            meta, enc = begin_dataset(root, settings, read)
+        else:
+            enc = load_tokenizer(root)  # it was written before meta.json was
+        writer = ShardWriter(root, meta, enc, finished_shards)
+        tell_room_needed(root, max_tokens, dataset, name, written=writer.totals()["tokens"])
+        writer.save_meta()
+        write_documents(writer, enc, read, num_proc, max_tokens)
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
           f"in {len(writer.shards)} shards, shard 0 is validation, in {root}")
@@ -173,7 +178,7 @@ def train_tokenizer(settings, read):
     print(f"training a tokenizer of {vocab_size} tokens on the text")
     strings, head, tail = training_text(read, settings["shard_size"], settings["val_fraction"],
                                         settings["seed"])
-    enc = train_bpe(strings, vocab_size)
+    enc = train_bpe(strings, vocab_size, "bpe-gpt2" if settings["pattern"] == "gpt2" else "bpe")
     if enc.n_vocab < vocab_size:
         print(f"the text is too short for that many: {enc.n_vocab}")
     return enc, {"head": head, "tail": tail}
@@ -310,6 +315,8 @@ def main():
     add("--tokenizer", default="gpt2", help="gpt2 (default); bpe, which trains one on the text; or "
         "a checkpoint, a dataset directory or a Hugging Face directory, to use its tokenizer")
     add("--vocab_size", type=int, help="ids of bpe, <|endoftext|> included: 257 to 65536")
+    add("--pattern", choices=["gpt2"], help="of bpe: split text as GPT-2 does, which llama.cpp can "
+        "read from a GGUF file (default: our own, better for Chinese and Japanese)")
     add("--shard_size", type=int, default=10**8, help="tokens in a shard")
     add("--max_tokens", type=int,
         help="end before the first document that would go past so many tokens (default: no limit)")

@@ -32,6 +32,7 @@ from gptlib.checkpoint import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.engine import Engine
+from gptlib.gguf_export import dtype_from_name, export_gguf
 from gptlib.runtime import resolve_device, resolve_dtype
 from gptlib.sampling import SamplingParams
 from gptlib.text import TextStream, encode_prompt
@@ -141,7 +142,8 @@ class InferenceConfig:
     compile: bool = setting(
         False, "torch.compile the decode step: it takes a minute, decoding is faster then")
     export: str = setting(
-        None, "write a Hugging Face directory (float32 unless --dtype is given) and no sample",
+        None, "write a Hugging Face directory (float32 unless --dtype is given), or for llama.cpp "
+        "a .gguf file (name-q8_0.gguf, name-bf16.gguf; f16 by default), and no sample",
         optional=True)
 
     def __post_init__(self):
@@ -199,10 +201,19 @@ def print_status(text):
 
 
 def export_checkpoint(config):
-    """Write the checkpoint as a Hugging Face directory."""
+    """Write the checkpoint as a Hugging Face directory, or as a GGUF file where the name says so."""
+    is_gguf = config.export.endswith(".gguf")
+    if is_gguf:
+        if config.dtype != "auto":
+            raise UserError(f"--dtype is {config.dtype}: the name of a .gguf file tells its type, "
+                            "such as model-bf16.gguf; leave --dtype out")
+        gguf_dtype = dtype_from_name(config.export)  # before anything is read
     dtype = "float32" if config.dtype == "auto" else config.dtype
     model = load_model_from_checkpoint(config.checkpoint_path, "cpu", dtype)
-    model.save_pretrained(config.export)
+    if is_gguf:
+        export_gguf(model.config, model.state_dict(), model.tokenizer, config.export, gguf_dtype)
+    else:
+        model.save_pretrained(config.export)
     print_status(f"exported {config.checkpoint_path} to {config.export}")
 
 

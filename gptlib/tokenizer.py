@@ -262,17 +262,17 @@ def hugging_face_bpe(pattern, **model):
     return bpe
 
 
-def train_bpe(texts, vocab_size):
-    """Train a byte-level BPE on an iterator of str.
+def train_bpe(texts, vocab_size, name="bpe"):
+    """Train a byte-level BPE on an iterator of str: "bpe" with our own pattern, or "bpe-gpt2".
 
     vocab_size counts the 256 bytes, the merges and EOT; a short text gives fewer. Returns a
     tiktoken.Encoding.
     """
     from tokenizers import trainers
-    bpe = hugging_face_bpe(BPE_SPLIT)
+    bpe = hugging_face_bpe(BPE_SPLIT if name == "bpe" else GPT2_SPLIT)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=list(BYTE_OF),
                                   show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     # Its threads do not survive a fork, so it has to do without them from now on.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return make_encoding("bpe", {unspell(token): i for token, i in bpe.get_vocab().items()})
+    return make_encoding(name, {unspell(token): i for token, i in bpe.get_vocab().items()})

@@ -77,8 +77,8 @@ def all_tokens(root, split=None):
 
 
 def contents(root):
-    """{file name: bytes} of a directory."""
-    return {path.name: path.read_bytes() for path in Path(root).iterdir()}
+    """{file name: bytes} of a directory, without the lock, which names the process that held it."""
+    return {path.name: path.read_bytes() for path in Path(root).iterdir() if path.name != ".lock"}
 
 
 def fineweb_command(*args, **options):

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from fineweb import prepare
 from gptlib import preparation
 from gptlib.common import UserError
 from gptlib.dataset import list_shards, read_checksums, read_meta
+from gptlib.lock import lock_directory
 from gptlib.tokenizer import EOT, load_tokenizer, train_bpe
 
 BPE = {"tokenizer": "bpe", "vocab_size": 300}
@@ -181,9 +183,9 @@ def training_text(monkeypatch):
     """The strings that prepare trains a tokenizer on, once it has done so."""
     seen = []
 
-    def train(texts, vocab_size):
+    def train(texts, vocab_size, name):
         seen.extend(texts)
-        return train_bpe(iter(seen), vocab_size)
+        return train_bpe(iter(seen), vocab_size, name)
 
     monkeypatch.setattr(fineweb, "train_bpe", train)
     return seen
@@ -700,3 +702,33 @@ def test_import_is_silent_and_light():
 def test_help():
     """--help fails, as it does when a help text holds a bare percent sign."""
     assert fineweb_command("--help").stdout.startswith("usage: fineweb.py")
+
+
+def test_pattern_gpt2_trains_a_tokenizer_that_splits_like_gpt2(tmp_path, gpt2):
+    """Guards against a tokenizer that a GGUF file can't express although it was asked for."""
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(200))
+    root = tmp_path / "data"
+    prepare(root, "files", files=str(source), tokenizer="bpe", vocab_size=300, pattern="gpt2")
+    enc = load_tokenizer(root)
+    assert enc.name == "bpe-gpt2"
+    text = "They've 1234567 words\n\n  in it"
+    pieces = [enc.decode(enc.encode_ordinary(piece)) for piece in ("They", "'ve", " 1234567")]
+    assert pieces == ["They", "'ve", " 1234567"]
+    assert enc._pat_str == load_tokenizer("gpt2")._pat_str
+    assert enc.decode(enc.encode_ordinary(text)) == text
+
+
+@pytest.mark.parametrize("options", [("--pattern", "gpt2"), ("--pattern", "other")])
+def test_pattern_goes_with_bpe_alone(tmp_path, options):
+    """Guards against a --pattern that is silently ignored."""
+    assert_fails(fineweb_command("--source", "stdlib", "--data_root", tmp_path / "d", *options),
+                 "--pattern")
+
+
+def test_second_preparation_of_a_directory_is_refused(tmp_path):
+    """Guards against two processes that write the shards of one directory."""
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(50))
+    with lock_directory(tmp_path / "data"):
+        done = fineweb_command("--files", source, "--tokenizer", "bpe", "--vocab_size", 300,
+                               "--data_root", tmp_path / "data")
+    assert_fails(done, "in use by", str(os.getpid()))
