@@ -23,7 +23,8 @@ from train_gpt2 import GPT, GPTConfig
 
 TEXT = "The cats aren't on the mats; we'll see 1234 of them, naïve 日本語 🙂🙂.\n\n  def f(x):\n\treturn x\n"
 HOSTILE = ["", " ", "  ", "\n", " \n\n  a", "a  \u3000 b", "don't I'LL we've 'sample", "x\u0000y", "\r\n\t \t", EOT,
-           "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦", "١٢٣ क्षि ไทย", "\u00a0\u0085\u2028 x",
+           "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦",
+           "١٢٣ क्षि ไทย", "\u00a0\u0085\u2028 x",
            "\ufeffx\u200by", "a" * 300, " " * 70 + "x", "-" * 99, "\U000e0041\u0378\ue000\U0010ffff",
            "</s><|im_end|> <0x0A>", TEXT * 3]
 
