@@ -65,7 +65,7 @@ def parse_flags():
 
 def load_model(source):
     """Model and tokenizer of a checkpoint file, a GPT-2 name or a Hugging Face directory."""
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, mmap=True)  # the state of the optimizers stays on disk
     model = GPT.from_checkpoint(checkpoint)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if tokenizer.n_vocab > model.config.vocab_size:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gptlib.common import UserError
-from gptlib.dataset import list_shards, open_shard
+from gptlib.dataset import list_shards, open_shard, read_checksums, verify_shard
 from gptlib.runtime import World
 
 
@@ -41,9 +41,15 @@ class TokenLoader:
                             "too few to predict one")
         # Few shards are mapped at a time, or else resident memory would grow with the dataset.
         # The caches belong to the instance: a decorated method would keep every loader alive.
-        self._open_shard = functools.lru_cache(2)(lambda i: open_shard(self.paths[i]))
+        self._open_shard = functools.lru_cache(2)(self._open_and_verify)
         self._permutation = functools.lru_cache(2)(self._draw_permutation)
         self._epoch_plan = functools.lru_cache(2)(self._plan_epoch)
+
+        self.verifier = ShardVerifier(read_checksums(data_root))
+
+    def _open_and_verify(self, i):
+        self.verifier.start(self.paths[i])
+        return open_shard(self.paths[i])
 
     def _draw_permutation(self, n, *key):
         return np.random.default_rng((self.seed, *key)).permutation(n)
@@ -135,6 +141,7 @@ class TokenLoader:
         it can take part in what the others do. Raises UserError for a token id of vocab_size or
         more, where that is given.
         """
+        self.verifier.raise_if_damaged()
         T = self.block_size
         rows = []  # (position of the first token, number of tokens)
         while n_tokens > 0:
@@ -160,6 +167,29 @@ class TokenLoader:
                 self._check_vocab(tokens, start, vocab_size)
             x[done:done + n], y[done:done + n] = tokens[:-1], tokens[1:]
             done += n
+
+
+class ShardVerifier:
+    """Compares each shard with its checksum once, when it is first opened, in a thread of its own.
+
+    checksums: {file name: checksum} of read_checksums; a shard without one is not checked.
+    """
+
+    def __init__(self, checksums):
+        self.checksums = dict(checksums)
+        self.thread, self.running = ThreadPoolExecutor(1), []
+
+    def start(self, path):
+        checksum = self.checksums.pop(path.name, None)  # pop: once is enough
+        if checksum is not None:
+            self.running.append(self.thread.submit(verify_shard, path, checksum))
+
+    def raise_if_damaged(self):
+        """Raise the UserError of a shard whose check has ended and failed."""
+        done = [check for check in self.running if check.done()]
+        self.running = [check for check in self.running if not check.done()]
+        for check in done:
+            check.result()
 
 
 def prefetch(steps, device):
