@@ -10,18 +10,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, english, flags, read_log, run, write_dataset
+from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
-import train_gpt2
-from gptlib.common import UserError
 from gptlib.loader import TokenLoader
-from gptlib.runtime import World
 from gptlib.sampling import sample_next
-from train_gpt2 import GPT, GPTConfig, PRESETS, TrainConfig, configure_optimizers, evaluate, generate, get_lr
-from train_gpt2 import parse_flags, train
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
+from train_gpt2 import train
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
-from gptlib.config import shown_default
 
 SHAPES = [  # block_size, vocab_size, n_layer, n_head, n_embd
     (16, 61, 1, 1, 8),
@@ -158,84 +154,6 @@ def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id
 
 
 # -----------------------------------------------------------------------------
-# which tokens a step reads
-
-
-def epoch_of(loader, lap, world_size, batch_size, step_tokens):
-    """All inputs and targets of one epoch, read as `world_size` processes would, in steps of step_tokens."""
-    pairs = []
-    position, end = lap * loader.n_tokens, (lap + 1) * loader.n_tokens
-    while position < end:
-        n = min(step_tokens, end - position)
-        read = 0
-        for rank in range(world_size):
-            for x, y, count in loader.batches(position, n, batch_size, World(rank, rank, world_size)):
-                assert x.shape == y.shape and len(x) <= batch_size and x.size(1) == loader.block_size
-                if count:
-                    pairs += [(a, b) for a, b in zip(x[y >= 0].tolist(), y[y >= 0].tolist(), strict=True)]
-                read += count
-        assert read == n
-        position += n
-    return pairs
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("lengths", [(640,), (100, 333, 7, 201), (31,), (64, 64, 64)])
-@pytest.mark.parametrize("world_size,batch_size,step_tokens", [(1, 4, 128), (2, 3, 128), (3, 2, 96), (4, 1, 50)])
-def test_every_token_of_an_epoch_is_read_exactly_once(tmp_path, lengths, world_size, batch_size, step_tokens, shuffle):
-    total = sum(lengths)
-    stream = np.arange(total) % 60000  # each token tells its own place
-    shards = np.split(stream, np.cumsum(lengths)[:-1])
-    loader = TokenLoader(write_dataset(tmp_path / "d", shards, [stream[:9]]), "train", 32, seed=7, shuffle=shuffle)
-    for lap in range(3):
-        pairs = epoch_of(loader, lap, world_size, batch_size, step_tokens)
-        assert sorted(pairs) == [(i, (i + 1) % total) for i in range(total)]
-
-
-def test_the_first_epoch_is_file_order_and_the_next_are_permutations_by_seed(tmp_path):
-    root = write_dataset(tmp_path / "d", [np.arange(0, 500), np.arange(500, 1000)], [np.arange(9)])
-
-    def inputs(lap, **how):
-        return [x for x, _ in epoch_of(TokenLoader(root, "train", 10, **how), lap, 1, 4, 100)]
-
-    assert inputs(0) == list(range(1000))
-    second = inputs(1)
-    assert second != list(range(1000)) and second != inputs(2) and second == inputs(1)
-    assert second != inputs(1, seed=1)
-    windows = [second[i:i + 10] for i in range(0, 1000, 10)]
-    assert all(w == [(w[0] + i) % 1000 for i in range(10)] for w in windows)  # windows are moved, never torn
-    shards = [w[0] // 500 for w in windows]
-    assert sum(a != b for a, b in zip(shards[:-1], shards[1:], strict=True)) <= 2  # one shard at a time, one of them in two
-    assert {w[0] % 10 for w in windows} != {inputs(2)[0] % 10}  # and fall on other tokens in each lap
-    shuffled = inputs(0, shuffle=True)
-    assert shuffled != list(range(1000)) and all(x % 10 == 0 for x in shuffled[::10])
-
-
-def test_what_is_read_does_not_depend_on_processes_or_micro_batches(tmp_path):
-    root = write_dataset(tmp_path / "d", [np.arange(700)], [np.arange(9)])
-    loader = TokenLoader(root, "train", 16, seed=3, shuffle=True)
-    for step in range(6):
-        def tokens(world_size, batch_size, at=step):
-            parts = [x[y >= 0].tolist() for rank in range(world_size)
-                     for x, y, n in loader.batches(at * 200, 200, batch_size, World(rank, rank, world_size)) if n]
-            return sorted(sum(parts, []))
-        assert tokens(1, 4) == tokens(2, 3) == tokens(5, 1) == tokens(40, 2)
-
-
-def test_a_dataset_of_the_original_recipe_and_one_of_llm_c_are_read_alike(tmp_path):
-    tokens = english(1000)
-    tokens[tokens == 256] = 50256
-    for split in ("train", "val"):
-        np.save(tmp_path / f"edufineweb_{split}_000001.npy", tokens)
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    ours, theirs = (epoch_of(TokenLoader(d, "train", 32), 1, 1, 4, 128) for d in (tmp_path, tmp_path / "bin"))
-    assert ours == theirs and sorted(x for x, _ in ours) == sorted(tokens.tolist())
-
-
-# -----------------------------------------------------------------------------
 # the training step
 
 
@@ -364,68 +282,6 @@ def test_non_finite_gradients_skip_the_update_and_ten_in_a_row_stop_the_run(tmp_
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout.count("the update is skipped") == 10
     assert "the gradient norm was not finite ten steps in a row" in done.stderr
-
-
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def test_the_defaults_are_the_gpt2_recipe():
-    cfg = TrainConfig()
-    assert (cfg.total_batch_size, cfg.block_size, cfg.max_steps, cfg.warmup_steps) == (524288, 1024, 19073, 715)
-    assert (cfg.max_lr, cfg.min_lr, cfg.weight_decay, cfg.grad_clip) == (6e-4, pytest.approx(6e-5), 0.1, 1.0)
-    assert (cfg.optimizer, cfg.compile, cfg.eval_interval, cfg.val_tokens) == ("adamw", True, 250, 10485760)
-
-
-def test_boolean_flags_take_three_forms_and_explicit_flags_beat_the_preset():
-    assert parse_flags(["--compile"]) == {"compile": True}
-    assert parse_flags(["--no-compile"]) == parse_flags(["--compile=False"]) == {"compile": False}
-    demo = parse_flags(["--max_steps", "7", "--preset", "demo"])
-    assert demo["max_steps"] == 7 and demo["n_layer"] == PRESETS["demo"]["n_layer"]
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid(name):
-    cfg = TrainConfig(**parse_flags(["--preset", name]))
-    if name == "gpt2":
-        assert dataclasses.replace(cfg, preset="") == TrainConfig()
-
-
-@pytest.mark.parametrize("argv,message", [
-    (["--max_step", "5"], "--max_step"),
-    (["--preset", "gtp2"], "choose one of demo"),
-    (["--n_layer", "two"], "--n_layer"),
-    (["--n_layer", "0"], "--n_layer is 0: expected at least 1"),
-    (["--n_head", "5"], "--n_embd 768 does not divide by --n_head 5"),
-    (["--max_lr", "nan"], "--max_lr is nan"),
-    (["--min_lr", "1"], "--min_lr 1.0 is above --max_lr"),
-    (["--dtype", "int8"], "choose one of auto, float32"),
-    (["--compile=perhaps"], "neither True nor False"),
-    (["--resume"], "--checkpoint_path go together"),
-    (["--resume", "--auto_resume", "--checkpoint_path", "x"], "--resume and --auto_resume contradict"),
-    (["--resume", "--checkpoint_path", "log/model_00007.pt"], "no checkpoint 'log/model_00007.pt'; checkpoints beside"),
-    (["--device", "tpu9"], "--device is 'tpu9'"),
-    (["--init_from", "nowhere/at/all"], "nowhere/at/all"),
-    (["--data_root", "nowhere"], "python fineweb.py --data_root nowhere"),
-])
-def test_a_wrong_flag_gets_one_clear_line(tmp_path, argv, message, data_root, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(data_root=data_root), *argv])
-    with pytest.raises(UserError) as error:
-        train_gpt2.main()
-    assert message in str(error.value) and len(str(error.value).splitlines()) <= 2
-
-
-def test_a_wrong_flag_ends_the_process_without_a_traceback(tmp_path):
-    done = run("train_gpt2.py", "--max_step", "5", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "did you mean --max_steps?" in done.stderr
-
-
-def test_the_readme_lists_every_flag_with_its_default():
-    readme = (ROOT / "README.md").read_text()
-    for f in dataclasses.fields(TrainConfig):
-        row = f"| `--{f.name}` | {shown_default(f)} | {f.metadata['help']} |"
-        assert row in readme, f"the README's flag table lacks: {row}"
 
 
 @pytest.mark.gpu
