@@ -3,9 +3,12 @@
     python -m pytest tests/test_train_gpt2.py
 """
 
+import copy
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ import torch
 from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
+import train_gpt2
 from gptlib.loader import TokenLoader
+from gptlib.resume import restore_training_state
 from gptlib.sampling import sample_next
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
 from train_gpt2 import train
@@ -282,6 +287,147 @@ def test_non_finite_gradients_skip_the_update_and_ten_in_a_row_stop_the_run(tmp_
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout.count("the update is skipped") == 10
     assert "the gradient norm was not finite ten steps in a row" in done.stderr
+
+# -----------------------------------------------------------------------------
+# the training step: scaling, signals, compiling
+
+
+@pytest.mark.parametrize("saved_scale,expected", [(None, 65536.0), (128.0, 128.0)])
+def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
+    """A run in bfloat16 saves {} as the scaler's state, and can't be resumed in float16."""
+    def scaler(enabled, scale=65536.0):
+        made = torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+        made.scale(torch.ones(1))
+        return made
+
+    saved = scaler(saved_scale is not None, saved_scale or 65536.0).state_dict()
+    assert bool(saved) == (saved_scale is not None)
+    resumed = scaler(True)
+    restore_training_state(dict(optimizer=[], scaler=saved), [], resumed)
+    assert resumed.get_scale() == expected
+    # and the other way: float32 ignores the state of a float16 run
+    restore_training_state(dict(optimizer=[], scaler=saved), [], scaler(False))
+
+
+def test_a_step_given_up_changes_nothing():
+    """The half step that a signal ends leaves gradients, or moves the weights or their moments."""
+    cfg = TrainConfig(**{**TINY, "total_batch_size": 96})
+    model = GPT(GPTConfig(*SHAPES[1]))
+    optimizers = configure_optimizers(model, cfg, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.randint(257, (3, 33))
+    micro_batches = [(row[None, :-1], row[None, 1:], 32) for row in idx]
+    autocast = torch.autocast("cpu", enabled=False)
+
+    def step(interrupted):
+        return train_gpt2.take_step(model, micro_batches, optimizers, scaler, autocast, 1e-3, cfg,
+                                    interrupted=interrupted)
+
+    assert step(lambda: False) is not None
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    moments = copy.deepcopy(optimizers[0].state_dict())
+    assert step(lambda: True) is None
+    assert {p.grad for p in model.parameters()} == {None}
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    torch.testing.assert_close(optimizers[0].state_dict(), moments, rtol=0, atol=0)
+
+
+def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
+    """A signal before an evaluation of minutes is obeyed after it, and the host is gone by then."""
+    evaluated = []
+
+    def record(*args):
+        evaluated.append(True)
+        return 1.0
+
+    def signal_at_step_2(reporter, step, *args):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", record)
+    monkeypatch.setattr(train_gpt2.Reporter, "step", signal_at_step_2)
+    cfg = TrainConfig(**{**TINY, "eval_interval": 1, "num_samples": 0}, data_root=str(data_root),
+                      log_dir=str(tmp_path / "log"))
+    train(cfg)
+    assert len(evaluated) == 3  # before the steps 0, 1 and 2
+    assert (tmp_path / "log" / "model_00003.pt").exists()
+
+
+def test_a_step_interrupted_by_sigterm_is_repeated_exactly(tmp_path, data_root, monkeypatch):
+    """Dropout's random numbers of the given-up step are lost, or its tokens are skipped."""
+    settings = {**TINY, "dropout": 0.2, "batch_size": 1, "max_steps": 6, "num_samples": 0,
+                "auto_resume": True}
+    forward = GPT.forward
+    state = dict(calls=0, kill_at=None)
+
+    def counted(model, idx, targets=None, *args, **settings):
+        if model.training and targets is not None:
+            state["calls"] += 1
+            if state["calls"] == state["kill_at"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(model, idx, targets, *args, **settings)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+
+    def run_train(log_dir, kill_at=None):
+        state.update(calls=0, kill_at=kill_at)
+        argv = ["train_gpt2.py", *flags(**settings, data_root=data_root, log_dir=log_dir)]
+        monkeypatch.setattr("sys.argv", argv)
+        train_gpt2.main()
+        return state["calls"]
+
+    assert run_train(tmp_path / "undisturbed") == 6 * 8
+    assert run_train(tmp_path / "stopped", kill_at=3 * 8 + 4) == 3 * 8 + 4  # given up in step 3
+    assert (tmp_path / "stopped" / "model_00003.pt").exists()
+    run_train(tmp_path / "stopped")
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "undisturbed")
+    ours, theirs = (torch.load(tmp_path / name / "model_00006.pt", weights_only=True)["model"]
+                    for name in ("stopped", "undisturbed"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_training_has_no_gradient_for_the_logits(return_logits):
+    """The compiled backward pass reads a gradient of zeros as large as the logits: gigabytes."""
+    from torch._dynamo.backends.common import aot_autograd
+    inputs = []
+
+    def keep(graph, example_inputs):
+        return graph
+
+    def record(graph, example_inputs):
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs.extend((name, tuple(getattr(value, "shape", ())))
+                      for name, value in zip(names, example_inputs, strict=True))
+        return graph
+
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(16, 61, 1, 1, 8))
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=record))
+    idx = torch.randint(61, (2, 16))
+    compiled(idx, idx, return_logits=return_logits)[1].backward()
+    tangents = [shape for name, shape in inputs if name.startswith("tangents")]
+    assert () in tangents, inputs  # the loss has one
+    assert ((2, 16, 61) in tangents) == return_logits
+
+
+def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, monkeypatch):
+    """The second shape makes torch.compile recompile for any shape, which is slower ever after."""
+    dynamic = []  # for each graph whether it has a size that varies
+    compile_with = torch.compile
+
+    def backend(graph, example_inputs):
+        dynamic.append(any(isinstance(value, torch.SymInt) for value in example_inputs))
+        return graph
+
+    def compile_model(model, device, **options):
+        return compile_with(model, backend=backend, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train_gpt2, "compile_model", compile_model)
+    settings = {**TINY, "compile": True, "batch_size": 5, "max_steps": 3, "num_samples": 0}
+    train(TrainConfig(**settings, data_root=str(data_root), log_dir=str(tmp_path / "log")))
+    assert dynamic == [False, False]  # 5 rows and 3 rows of 8; later steps compile nothing
 
 
 @pytest.mark.gpu
