@@ -3,25 +3,26 @@
     python -m pytest tests/test_train_gpt2.py
 """
 
+import copy
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, english, flags, read_log, run, write_dataset
+from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
 import train_gpt2
-from gptlib.common import UserError
 from gptlib.loader import TokenLoader
-from gptlib.runtime import World
+from gptlib.resume import restore_training_state
 from gptlib.sampling import sample_next
-from train_gpt2 import GPT, GPTConfig, PRESETS, TrainConfig, configure_optimizers, evaluate, generate, get_lr
-from train_gpt2 import parse_flags, train
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
+from train_gpt2 import train
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
-from gptlib.config import shown_default
 
 SHAPES = [  # block_size, vocab_size, n_layer, n_head, n_embd
     (16, 61, 1, 1, 8),
@@ -158,84 +159,6 @@ def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id
 
 
 # -----------------------------------------------------------------------------
-# which tokens a step reads
-
-
-def epoch_of(loader, lap, world_size, batch_size, step_tokens):
-    """All inputs and targets of one epoch, read as `world_size` processes would, in steps of step_tokens."""
-    pairs = []
-    position, end = lap * loader.n_tokens, (lap + 1) * loader.n_tokens
-    while position < end:
-        n = min(step_tokens, end - position)
-        read = 0
-        for rank in range(world_size):
-            for x, y, count in loader.batches(position, n, batch_size, World(rank, rank, world_size)):
-                assert x.shape == y.shape and len(x) <= batch_size and x.size(1) == loader.block_size
-                if count:
-                    pairs += [(a, b) for a, b in zip(x[y >= 0].tolist(), y[y >= 0].tolist(), strict=True)]
-                read += count
-        assert read == n
-        position += n
-    return pairs
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("lengths", [(640,), (100, 333, 7, 201), (31,), (64, 64, 64)])
-@pytest.mark.parametrize("world_size,batch_size,step_tokens", [(1, 4, 128), (2, 3, 128), (3, 2, 96), (4, 1, 50)])
-def test_every_token_of_an_epoch_is_read_exactly_once(tmp_path, lengths, world_size, batch_size, step_tokens, shuffle):
-    total = sum(lengths)
-    stream = np.arange(total) % 60000  # each token tells its own place
-    shards = np.split(stream, np.cumsum(lengths)[:-1])
-    loader = TokenLoader(write_dataset(tmp_path / "d", shards, [stream[:9]]), "train", 32, seed=7, shuffle=shuffle)
-    for lap in range(3):
-        pairs = epoch_of(loader, lap, world_size, batch_size, step_tokens)
-        assert sorted(pairs) == [(i, (i + 1) % total) for i in range(total)]
-
-
-def test_the_first_epoch_is_file_order_and_the_next_are_permutations_by_seed(tmp_path):
-    root = write_dataset(tmp_path / "d", [np.arange(0, 500), np.arange(500, 1000)], [np.arange(9)])
-
-    def inputs(lap, **how):
-        return [x for x, _ in epoch_of(TokenLoader(root, "train", 10, **how), lap, 1, 4, 100)]
-
-    assert inputs(0) == list(range(1000))
-    second = inputs(1)
-    assert second != list(range(1000)) and second != inputs(2) and second == inputs(1)
-    assert second != inputs(1, seed=1)
-    windows = [second[i:i + 10] for i in range(0, 1000, 10)]
-    assert all(w == [(w[0] + i) % 1000 for i in range(10)] for w in windows)  # windows are moved, never torn
-    shards = [w[0] // 500 for w in windows]
-    assert sum(a != b for a, b in zip(shards[:-1], shards[1:], strict=True)) <= 2  # one shard at a time, one of them in two
-    assert {w[0] % 10 for w in windows} != {inputs(2)[0] % 10}  # and fall on other tokens in each lap
-    shuffled = inputs(0, shuffle=True)
-    assert shuffled != list(range(1000)) and all(x % 10 == 0 for x in shuffled[::10])
-
-
-def test_what_is_read_does_not_depend_on_processes_or_micro_batches(tmp_path):
-    root = write_dataset(tmp_path / "d", [np.arange(700)], [np.arange(9)])
-    loader = TokenLoader(root, "train", 16, seed=3, shuffle=True)
-    for step in range(6):
-        def tokens(world_size, batch_size, at=step):
-            parts = [x[y >= 0].tolist() for rank in range(world_size)
-                     for x, y, n in loader.batches(at * 200, 200, batch_size, World(rank, rank, world_size)) if n]
-            return sorted(sum(parts, []))
-        assert tokens(1, 4) == tokens(2, 3) == tokens(5, 1) == tokens(40, 2)
-
-
-def test_a_dataset_of_the_original_recipe_and_one_of_llm_c_are_read_alike(tmp_path):
-    tokens = english(1000)
-    tokens[tokens == 256] = 50256
-    for split in ("train", "val"):
-        np.save(tmp_path / f"edufineweb_{split}_000001.npy", tokens)
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    ours, theirs = (epoch_of(TokenLoader(d, "train", 32), 1, 1, 4, 128) for d in (tmp_path, tmp_path / "bin"))
-    assert ours == theirs and sorted(x for x, _ in ours) == sorted(tokens.tolist())
-
-
-# -----------------------------------------------------------------------------
 # the training step
 
 
@@ -327,17 +250,6 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
     assert (tmp_path / "log" / "latest_checkpoint.pt").resolve().name == "model_00040.pt"
 
 
-def test_batch_size_0_finds_one_that_fits_and_changes_nothing_else(tmp_path, data_root):
-    for batch_size in (0, 4):
-        cfg = TrainConfig(**{**TINY, "batch_size": batch_size, "max_steps": 5}, data_root=str(data_root),
-                          log_dir=str(tmp_path / f"log{batch_size}"))
-        train(cfg, None)
-    found = json.loads((tmp_path / "log0" / "log.jsonl").read_text().splitlines()[0])["batch_size"]
-    assert found == 8  # 256 tokens a step are eight sequences of 32: more are never needed
-    ours, theirs = (list(map(float, read_log(tmp_path / f"log{b}")["train"].values())) for b in (0, 4))
-    assert ours == pytest.approx(theirs, abs=2e-5)
-
-
 def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
     for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
         cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30}, data_root=str(data_root),
@@ -376,67 +288,146 @@ def test_non_finite_gradients_skip_the_update_and_ten_in_a_row_stop_the_run(tmp_
     assert done.stdout.count("the update is skipped") == 10
     assert "the gradient norm was not finite ten steps in a row" in done.stderr
 
-
 # -----------------------------------------------------------------------------
-# the command line
+# the training step: scaling, signals, compiling
 
 
-def test_the_defaults_are_the_gpt2_recipe():
-    cfg = TrainConfig()
-    assert (cfg.total_batch_size, cfg.block_size, cfg.max_steps, cfg.warmup_steps) == (524288, 1024, 19073, 715)
-    assert (cfg.max_lr, cfg.min_lr, cfg.weight_decay, cfg.grad_clip) == (6e-4, pytest.approx(6e-5), 0.1, 1.0)
-    assert (cfg.optimizer, cfg.compile, cfg.eval_interval, cfg.val_tokens) == ("adamw", True, 250, 10485760)
+@pytest.mark.parametrize("saved_scale,expected", [(None, 65536.0), (128.0, 128.0)])
+def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
+    """A run in bfloat16 saves {} as the scaler's state, and can't be resumed in float16."""
+    def scaler(enabled, scale=65536.0):
+        made = torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+        made.scale(torch.ones(1))
+        return made
+
+    saved = scaler(saved_scale is not None, saved_scale or 65536.0).state_dict()
+    assert bool(saved) == (saved_scale is not None)
+    resumed = scaler(True)
+    restore_training_state(dict(optimizer=[], scaler=saved), [], resumed)
+    assert resumed.get_scale() == expected
+    # and the other way: float32 ignores the state of a float16 run
+    restore_training_state(dict(optimizer=[], scaler=saved), [], scaler(False))
 
 
-def test_boolean_flags_take_three_forms_and_explicit_flags_beat_the_preset():
-    assert parse_flags(["--compile"]) == {"compile": True}
-    assert parse_flags(["--no-compile"]) == parse_flags(["--compile=False"]) == {"compile": False}
-    demo = parse_flags(["--max_steps", "7", "--preset", "demo"])
-    assert demo["max_steps"] == 7 and demo["n_layer"] == PRESETS["demo"]["n_layer"]
+def test_a_step_given_up_changes_nothing():
+    """The half step that a signal ends leaves gradients, or moves the weights or their moments."""
+    cfg = TrainConfig(**{**TINY, "total_batch_size": 96})
+    model = GPT(GPTConfig(*SHAPES[1]))
+    optimizers = configure_optimizers(model, cfg, torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.randint(257, (3, 33))
+    micro_batches = [(row[None, :-1], row[None, 1:], 32) for row in idx]
+    autocast = torch.autocast("cpu", enabled=False)
+
+    def step(interrupted):
+        return train_gpt2.take_step(model, micro_batches, optimizers, scaler, autocast, 1e-3, cfg,
+                                    interrupted=interrupted)
+
+    assert step(lambda: False) is not None
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    moments = copy.deepcopy(optimizers[0].state_dict())
+    assert step(lambda: True) is None
+    assert {p.grad for p in model.parameters()} == {None}
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    torch.testing.assert_close(optimizers[0].state_dict(), moments, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid(name):
-    cfg = TrainConfig(**parse_flags(["--preset", name]))
-    if name == "gpt2":
-        assert dataclasses.replace(cfg, preset="") == TrainConfig()
+def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
+    """A signal before an evaluation of minutes is obeyed after it, and the host is gone by then."""
+    evaluated = []
+
+    def record(*args):
+        evaluated.append(True)
+        return 1.0
+
+    def signal_at_step_2(reporter, step, *args):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", record)
+    monkeypatch.setattr(train_gpt2.Reporter, "step", signal_at_step_2)
+    cfg = TrainConfig(**{**TINY, "eval_interval": 1, "num_samples": 0}, data_root=str(data_root),
+                      log_dir=str(tmp_path / "log"))
+    train(cfg)
+    assert len(evaluated) == 3  # before the steps 0, 1 and 2
+    assert (tmp_path / "log" / "model_00003.pt").exists()
 
 
-@pytest.mark.parametrize("argv,message", [
-    (["--max_step", "5"], "--max_step"),
-    (["--preset", "gtp2"], "choose one of demo"),
-    (["--n_layer", "two"], "--n_layer"),
-    (["--n_layer", "0"], "--n_layer is 0: expected at least 1"),
-    (["--n_head", "5"], "--n_embd 768 does not divide by --n_head 5"),
-    (["--max_lr", "nan"], "--max_lr is nan"),
-    (["--min_lr", "1"], "--min_lr 1.0 is above --max_lr"),
-    (["--dtype", "int8"], "choose one of auto, float32"),
-    (["--compile=perhaps"], "neither True nor False"),
-    (["--resume"], "--checkpoint_path go together"),
-    (["--resume", "--auto_resume", "--checkpoint_path", "x"], "--resume and --auto_resume contradict"),
-    (["--resume", "--checkpoint_path", "log/model_00007.pt"], "no checkpoint 'log/model_00007.pt'; checkpoints beside"),
-    (["--device", "tpu9"], "--device is 'tpu9'"),
-    (["--init_from", "nowhere/at/all"], "nowhere/at/all"),
-    (["--data_root", "nowhere"], "python fineweb.py --data_root nowhere"),
-])
-def test_a_wrong_flag_gets_one_clear_line(tmp_path, argv, message, data_root, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(data_root=data_root), *argv])
-    with pytest.raises(UserError) as error:
+def test_a_step_interrupted_by_sigterm_is_repeated_exactly(tmp_path, data_root, monkeypatch):
+    """Dropout's random numbers of the given-up step are lost, or its tokens are skipped."""
+    settings = {**TINY, "dropout": 0.2, "batch_size": 1, "max_steps": 6, "num_samples": 0,
+                "auto_resume": True}
+    forward = GPT.forward
+    state = dict(calls=0, kill_at=None)
+
+    def counted(model, idx, targets=None, *args, **settings):
+        if model.training and targets is not None:
+            state["calls"] += 1
+            if state["calls"] == state["kill_at"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(model, idx, targets, *args, **settings)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+
+    def run_train(log_dir, kill_at=None):
+        state.update(calls=0, kill_at=kill_at)
+        argv = ["train_gpt2.py", *flags(**settings, data_root=data_root, log_dir=log_dir)]
+        monkeypatch.setattr("sys.argv", argv)
         train_gpt2.main()
-    assert message in str(error.value) and len(str(error.value).splitlines()) <= 2
+        return state["calls"]
+
+    assert run_train(tmp_path / "undisturbed") == 6 * 8
+    assert run_train(tmp_path / "stopped", kill_at=3 * 8 + 4) == 3 * 8 + 4  # given up in step 3
+    assert (tmp_path / "stopped" / "model_00003.pt").exists()
+    run_train(tmp_path / "stopped")
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "undisturbed")
+    ours, theirs = (torch.load(tmp_path / name / "model_00006.pt", weights_only=True)["model"]
+                    for name in ("stopped", "undisturbed"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_wrong_flag_ends_the_process_without_a_traceback(tmp_path):
-    done = run("train_gpt2.py", "--max_step", "5", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0 and "did you mean --max_steps?" in done.stderr
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_training_has_no_gradient_for_the_logits(return_logits):
+    """The compiled backward pass reads a gradient of zeros as large as the logits: gigabytes."""
+    from torch._dynamo.backends.common import aot_autograd
+    inputs = []
+
+    def keep(graph, example_inputs):
+        return graph
+
+    def record(graph, example_inputs):
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs.extend((name, tuple(getattr(value, "shape", ())))
+                      for name, value in zip(names, example_inputs, strict=True))
+        return graph
+
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(16, 61, 1, 1, 8))
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=record))
+    idx = torch.randint(61, (2, 16))
+    compiled(idx, idx, return_logits=return_logits)[1].backward()
+    tangents = [shape for name, shape in inputs if name.startswith("tangents")]
+    assert () in tangents, inputs  # the loss has one
+    assert ((2, 16, 61) in tangents) == return_logits
 
 
-def test_the_readme_lists_every_flag_with_its_default():
-    readme = (ROOT / "README.md").read_text()
-    for f in dataclasses.fields(TrainConfig):
-        row = f"| `--{f.name}` | {shown_default(f)} | {f.metadata['help']} |"
-        assert row in readme, f"the README's flag table lacks: {row}"
+def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, monkeypatch):
+    """The second shape makes torch.compile recompile for any shape, which is slower ever after."""
+    dynamic = []  # for each graph whether it has a size that varies
+    compile_with = torch.compile
+
+    def backend(graph, example_inputs):
+        dynamic.append(any(isinstance(value, torch.SymInt) for value in example_inputs))
+        return graph
+
+    def compile_model(model, device, **options):
+        return compile_with(model, backend=backend, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train_gpt2, "compile_model", compile_model)
+    settings = {**TINY, "compile": True, "batch_size": 5, "max_steps": 3, "num_samples": 0}
+    train(TrainConfig(**settings, data_root=str(data_root), log_dir=str(tmp_path / "log")))
+    assert dynamic == [False, False]  # 5 rows and 3 rows of 8; later steps compile nothing
 
 
 @pytest.mark.gpu
