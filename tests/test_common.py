@@ -6,6 +6,7 @@ Files that are whole or not there, and how a command ends.
 
 import pytest
 
+from conftest import run
 from corpus import contents
 
 from gptlib.common import UserError, atomic_write, run_main
@@ -47,3 +48,12 @@ def test_ctrl_c_exits_with_130():
     with pytest.raises(SystemExit) as leaving:
         run_main(interrupted)
     assert leaving.value.code == 130
+
+
+def test_under_torchrun_an_error_is_told_once_and_last(tmp_path):
+    """Every rank prints the user's error, and torchrun's traceback of fifty lines follows."""
+    done = run("train_gpt2.py", "--preset=nothing", cwd=tmp_path, nproc=2)
+    assert done.returncode != 0
+    assert done.stderr.count("--preset is 'nothing'") == 1
+    last_lines = done.stderr.strip().splitlines()[-2:]
+    assert "--preset is 'nothing'" in last_lines[0]

@@ -27,7 +27,7 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "bench"]
 
 # programs of other people, whose arguments are not checked
-OTHER_PROGRAMS = {"ollama", "printf", 
+OTHER_PROGRAMS = {"ollama", "printf",
     "pip", "git", "curl", "cd", "export", "sleep", "until", "do", "done", "ssh", "ssh-keygen", "rsync",
     "tmux", "nvidia-smi", "docker", "mkdir", ".", "id", "echo",
 }

@@ -6,6 +6,8 @@
 import contextlib
 import threading
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -174,3 +176,26 @@ def test_the_prefetching_thread_uses_the_gpu_of_its_rank(monkeypatch):
     assert {index for index, _ in pinned_with} == {3}
     assert threading.get_ident() not in {thread for _, thread in pinned_with}
     assert not hasattr(current, "index")  # the thread that computes has its device already
+
+
+def test_a_shard_that_changed_ends_the_run(tmp_path):
+    """Guards against training on a shard whose bytes changed on the disk, without a word."""
+    root = write_dataset(tmp_path / "d", [np.arange(500), np.arange(500)], [np.arange(9)])
+    meta = json.loads((root / "meta.json").read_text())
+    for shard in meta["shards"]:
+        shard["crc32"] = file_checksum(root / shard["name"])
+    (root / "meta.json").write_text(json.dumps(meta))
+    damaged = sorted(root.glob("*_train_*"))[1]
+    data = bytearray(damaged.read_bytes())
+    data[-3] ^= 1
+    damaged.write_bytes(data)
+
+    def read(position):
+        loader = TokenLoader(root, "train", 10)
+        list(loader.batches(position, 100, 4))
+        loader.verifier.thread.shutdown()  # the check has ended
+        list(loader.batches(position, 100, 4))
+
+    read(0)  # the other shard is as it was
+    with pytest.raises(UserError, match=damaged.name):
+        read(500)
