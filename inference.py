@@ -201,7 +201,7 @@ def print_status(text):
 
 
 def export_checkpoint(config):
-    """Write the checkpoint as a Hugging Face directory, or as a GGUF file where the name says so."""
+    """Write the checkpoint as a Hugging Face directory, or as a file if its name ends in .gguf."""
     is_gguf = config.export.endswith(".gguf")
     if is_gguf:
         if config.dtype != "auto":

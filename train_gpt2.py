@@ -465,18 +465,19 @@ def get_lr(step, cfg):
 
 
 def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world=World(),
-              interrupted=lambda: False):
+              interrupted=lambda: False, n_common=math.inf):
     """One optimizer step on this process's micro-batches (x, y, tokens), at learning rate lr.
 
     Returns this rank's share of the loss, a tensor (the shares of all ranks add up to the mean over
     the step's tokens), and the norm of the whole gradient before clipping. If the norm is not
     finite, the weights stay as they are. If `interrupted()` is true between two micro-batches, the
-    step is given up, nothing has changed, and the result is None.
+    step is given up, nothing has changed, and the result is None. It is asked between the first
+    n_common micro-batches only, those that every rank has: the ranks agree on the answer.
     """
     model.train()
     loss_sum = 0.0
     for i, (x, y, n) in enumerate(micro_batches):
-        if i > 0 and interrupted():
+        if 0 < i < n_common and interrupted():
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             return None
@@ -615,11 +616,11 @@ def train(cfg, checkpoint=None, world=World()):
                         tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints)
     bad_steps = 0
-    with reporter, saver, contextlib.closing(steps), StopSignal() as stop_signal:
+    with reporter, saver, contextlib.closing(steps), StopSignal(world) as stop_signal:
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
-            stop = any_rank(stop_signal.received, world)
+            stop = stop_signal.on_any_rank()
 
             # once in a while evaluate, and look at what the model writes
             due = step % cfg.eval_interval == 0 or last_step
@@ -654,8 +655,10 @@ def train(cfg, checkpoint=None, world=World()):
             t0 = time.perf_counter()
             rng_before = get_rng(device)
             lr = get_lr(step, cfg)
+            n_common = loader.fewest_micro_batches(position, cfg.total_batch_size, batch_size,
+                                                   world.size)
             result = take_step(model, next(steps), optimizers, scaler, autocast, lr, cfg, world,
-                               interrupted=lambda: any_rank(stop_signal.received, world))
+                               stop_signal.on_any_rank, n_common)
             if result is None:  # a signal came between two micro-batches: the step never was
                 set_rng(device, rng_before)
                 continue

@@ -94,8 +94,8 @@ def check_model(config, tokenizer):
                         "they don't belong together")
     if tokenizer.name not in ("gpt2", "bpe-gpt2") or tokenizer._pat_str != GPT2_SPLIT:
         raise UserError(f"cannot export the tokenizer {tokenizer.name!r}: a GGUF file can't "
-                        "express how it splits text into words, so llama.cpp would make other tokens. One "
-                        "that exports is trained by "
+                        "express how it splits text into words, so llama.cpp would make other "
+                        "tokens. One that exports is trained by "
                         "python fineweb.py --tokenizer bpe --pattern gpt2")
     if tokenizer._special_tokens.keys() != {EOT} or EOT.encode() in tokenizer._mergeable_ranks:
         raise UserError(f"cannot export the tokenizer: expected {EOT} as its only special token")

@@ -157,6 +157,13 @@ class TokenLoader:
                 self._fill_row(x[row], y[row], first, length, vocab_size)
             yield x, y, sum(length for _, length in micro_batch) if mine else 0
 
+    def fewest_micro_batches(self, position, n_tokens, batch_size, world_size):
+        """The smallest number of micro-batches that `batches` gives to any rank."""
+        T = self.block_size
+        n_rows = (position + n_tokens - 1) // T - position // T + 1
+        fewest_rows = n_rows // world_size
+        return max(1, -(-fewest_rows // batch_size))
+
     def _fill_row(self, x, y, position, length, vocab_size):
         """Write `length` tokens of the stream into x (T,) and those that follow each into y (T,).
         """

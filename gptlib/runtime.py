@@ -80,9 +80,14 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, world=World()):
+        self.world = world
         self.received = False
         self.previous = {}
+
+    def on_any_rank(self):
+        """Whether a signal came to any rank; every rank has to call it."""
+        return any_rank(self.received, self.world)
 
     def __enter__(self):
         for number in self.SIGNALS:

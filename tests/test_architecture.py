@@ -21,7 +21,7 @@ MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60
 MAX_FUNCTION_LINES_BY_NAME = {"train": 130}
 MAX_MODULE_LINES = 500
-MAX_MODULE_LINES_BY_NAME = {"train_gpt2": 700, "bench": None}  # None: no limit
+MAX_MODULE_LINES_BY_NAME = {"train_gpt2": 725, "bench": None}  # None: no limit
 MAX_TEST_NAME = 60
 
 

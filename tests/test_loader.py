@@ -4,15 +4,16 @@
 """
 
 import contextlib
-import threading
-
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, english, flags, run, write_dataset
 
+from gptlib.common import UserError
+from gptlib.dataset import file_checksum
 from gptlib.loader import TokenLoader, prefetch
 from gptlib.runtime import World
 

@@ -60,6 +60,7 @@ def scrambled(config, seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_loss_equal_hugging_face(shape):
+    """Guards against a model that is not GPT-2: logits and loss are compared with transformers'."""
     model = scrambled(GPTConfig(*shape))
     hf = hugging_face_twin(model)
     idx = torch.randint(shape[1], (3, shape[0]))
@@ -69,13 +70,15 @@ def test_logits_and_loss_equal_hugging_face(shape):
     torch.testing.assert_close(loss, theirs.loss, rtol=1e-5, atol=1e-5)
 
 
-def test_state_dict_has_hugging_faces_names_and_the_head_is_the_embedding():
+def test_state_dict_has_hugging_faces_names_and_a_tied_head():
+    """Guards against names that no other program can load, and a head that is not tied."""
     model = GPT(GPTConfig(*SHAPES[1]))
     assert set(model.state_dict()) == set(hugging_face_twin(model).state_dict())
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_initial_weights_follow_gpt2():
+    """Guards against an initialisation with another spread than GPT-2's."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=1024, n_layer=8, n_head=4, n_embd=128))
     assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -87,12 +90,14 @@ def test_initial_weights_follow_gpt2():
 
 
 def test_gpt2_124m_has_as_many_parameters_as_published():
+    """Guards against a layer too many or too few."""
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 
 def test_targets_of_minus_one_do_not_count():
+    """Guards against padding that contributes to the loss."""
     model = scrambled(GPTConfig(*SHAPES[1]))
     idx = torch.randint(257, (2, 10))
     targets = torch.randint(257, (2, 10))
@@ -103,6 +108,7 @@ def test_targets_of_minus_one_do_not_count():
 
 
 def test_a_cache_gives_the_same_logits_as_the_whole_sequence():
+    """Guards against a KV cache that changes what the model says."""
     model = scrambled(GPTConfig(*SHAPES[1]))
     idx = torch.randint(257, (2, 20))
     whole, _ = model(idx)
@@ -114,6 +120,7 @@ def test_a_cache_gives_the_same_logits_as_the_whole_sequence():
 
 
 def test_a_cache_keeps_sequences_of_different_lengths_apart():
+    """Guards against slots that attend to each other, or to what an earlier sequence left."""
     model = scrambled(GPTConfig(*SHAPES[1]))
     long, short = torch.randint(257, (1, 12)), torch.randint(257, (1, 5))
     cache = model.new_cache(slots=2, size=16)
@@ -127,11 +134,13 @@ def test_a_cache_keeps_sequences_of_different_lengths_apart():
 
 
 def test_a_sequence_beyond_the_block_size_is_refused():
+    """Guards against an index error deep inside the embedding."""
     with pytest.raises(ValueError, match="17 tokens is longer than the model's block size 16"):
         GPT(GPTConfig(*SHAPES[0]))(torch.zeros(1, 17, dtype=torch.long))
 
 
 def test_sampling_follows_the_definitions():
+    """Guards against draws that don't follow temperature, top-k and top-p: frequencies are counted."""
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)
 
@@ -147,7 +156,8 @@ def test_sampling_follows_the_definitions():
     torch.testing.assert_close(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
 
 
-def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id():
+def test_greedy_generation_equals_the_uncached_model():
+    """Guards against a cached `generate` that differs from the plain loop, or draws padding."""
     model = scrambled(GPTConfig(*SHAPES[1]))
     idx = torch.randint(200, (2, 5))
     expected = idx
@@ -155,7 +165,8 @@ def test_greedy_generation_equals_the_uncached_model_and_never_gives_a_padded_id
         logits, _ = model(expected)
         expected = torch.cat((expected, logits[:, -1, :200].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generate(model, idx, 30, n_vocab=200, temperature=0), expected)
-    assert generate(model, idx, 59, n_vocab=3).max() < 200 and generate(model, idx, 59, n_vocab=3)[:, 5:].max() < 3
+    assert generate(model, idx, 59, n_vocab=3).max() < 200
+    assert generate(model, idx, 59, n_vocab=3)[:, 5:].max() < 3
 
 
 # -----------------------------------------------------------------------------
@@ -202,12 +213,14 @@ def tiny_tokenizer(data_root):
 
 
 def test_the_schedule_is_the_recipes():
+    """Guards against another learning rate than the recipe's at any step."""
     cfg = TrainConfig()
     rates = [get_lr(step, cfg) for step in (0, 357, 714, 715, 9894, 19073, 30000)]
     assert rates == pytest.approx([6e-4 / 715, 6e-4 * 358 / 715, 6e-4, 6e-4, 3.3e-4, 6e-5, 6e-5], rel=1e-3)
 
 
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
+    """Guards against a parameter that no optimizer updates, or that two do."""
     model = GPT(GPTConfig(*SHAPES[1]))
     adamw, muon = configure_optimizers(model, TrainConfig(optimizer="muon"), torch.device("cpu"))
     names = {id(p): n for n, p in model.named_parameters()}
@@ -218,7 +231,8 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_validation_is_the_mean_over_the_first_tokens_for_any_world_size(data_root):
+def test_validation_is_the_mean_over_the_first_tokens(data_root):
+    """Guards against a validation loss that depends on batches: it is summed up by hand."""
     model = scrambled(GPTConfig(32, 320, 2, 2, 32))
     loader = TokenLoader(data_root, "val", 32)
     tokens = torch.from_numpy(np.load(next(data_root.glob("*_val_*"))).astype(np.int64))
@@ -235,14 +249,18 @@ def test_validation_is_the_mean_over_the_first_tokens_for_any_world_size(data_ro
 
 
 def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
+    """Guards against a run that doesn't learn, or whose log lacks steps."""
     done = run("train_gpt2.py", *flags(**{**TINY, "max_steps": 40, "num_samples": 2}, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "log")
-    assert sorted(log["train"]) == list(range(40)) and sorted(log["val"]) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert sorted(log["train"]) == list(range(40))
+    assert sorted(log["val"]) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert float(log["val"][0]) == pytest.approx(math.log(320), abs=0.2)
     assert float(log["val"][40]) < 2.5
     records = [json.loads(line) for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
-    assert records[0]["kind"] == "config" and records[0]["config"]["max_steps"] == 40 and records[0]["torch"]
+    assert records[0]["kind"] == "config"
+    assert records[0]["config"]["max_steps"] == 40
+    assert records[0]["torch"]
     val = [r for r in records if r["kind"] == "val"][-1]
     assert val["bpb"] == pytest.approx(val["loss"] / math.log(2) * 1500 / sum(np.load(next(data_root.glob("*val*"))) != 256))
     assert done.stdout.count("sample: the ") == 16
@@ -251,13 +269,14 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
 
 
 def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
+    """Guards against a precision or an optimizer that trains nothing."""
     for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
         cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30}, data_root=str(data_root),
                           log_dir=str(tmp_path / "log"))
         assert train(cfg, None) < 3.0, settings
 
 
-def test_evaluation_and_sampling_work_while_the_model_is_compiled(tmp_path, data_root):
+def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root):
     """The same losses as the eager run, evaluated and sampled on the way: torch.compile gets in the way of neither."""
     losses = {}
     for compiled in (False, True):
@@ -273,6 +292,7 @@ def test_evaluation_and_sampling_work_while_the_model_is_compiled(tmp_path, data
 
 
 def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root, monkeypatch):
+    """Guards against a run that ends where no compiler is installed."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     done = run("train_gpt2.py", *flags(**{**TINY, "compile": True, "max_steps": 2}, data_root=data_root), cwd=tmp_path)
@@ -281,10 +301,12 @@ def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root,
     assert len(read_log(tmp_path / "log")["train"]) == 2
 
 
-def test_non_finite_gradients_skip_the_update_and_ten_in_a_row_stop_the_run(tmp_path, data_root):
+def test_non_finite_gradients_are_skipped_and_ten_stop_the_run(tmp_path, data_root):
+    """Guards against weights of NaN, and a run that goes on with nothing but skipped updates."""
     settings = {**TINY, "max_lr": 1e30, "min_lr": 0.0, "max_steps": 40, "eval_interval": 1000, "checkpoint_interval": 1}
     done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     assert done.stdout.count("the update is skipped") == 10
     assert "the gradient norm was not finite ten steps in a row" in done.stderr
 
@@ -433,6 +455,7 @@ def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, mon
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_run_on_a_gpu_learns(tmp_path, data_root):
+    """Guards against training that only works on a CPU."""
     for settings in (dict(compile=False), dict(compile=True), dict(dtype="float16", compile=False)):
         cfg = TrainConfig(**{**TINY, "device": "cuda", "dtype": "auto", "max_steps": 30, **settings},
                           data_root=str(data_root), log_dir=str(tmp_path / "log"))
