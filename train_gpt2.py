@@ -13,7 +13,7 @@ On two hosts with eight GPUs each, the same line on both (10.0.0.1 is the first;
 $ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 \\
     train_gpt2.py
 
-Stop it with Ctrl-C or SIGTERM (the step is finished and saved), and go on from there:
+Stop it with Ctrl-C or SIGTERM (the last complete step is saved), and go on from there:
 $ python train_gpt2.py --resume --checkpoint_path log/model_10000.pt
 
 Every flag, with its default: python train_gpt2.py --help
