@@ -80,9 +80,12 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
         print(f"{root} is complete: {sum(meta['tokens'].values()):,} tokens in "
               f"{len(finished_shards)} shards. Nothing to do")
         return meta
+    enc = None
+    if changed and tokenizer != "bpe":
+        enc = named_tokenizer(tokenizer)  # a wrong name shows before the directory is made
     with lock_directory(root):
         if changed:
-            meta, enc = begin_dataset(root, settings, read)
+            meta, enc = begin_dataset(root, settings, read, enc)
         else:
             enc = load_tokenizer(root)  # it was written before meta.json was
         writer = ShardWriter(root, meta, enc, finished_shards)
@@ -140,18 +143,14 @@ def changed_settings(meta, settings):
             for key, value in settings.items() if value != earlier.get(key)]
 
 
-def begin_dataset(root, settings, read):
-    """Make the directory, and choose or train the tokenizer and save it there.
+def begin_dataset(root, settings, read, enc):
+    """Save the tokenizer in the new directory; where enc is None, train it first.
 
     Returns (the first contents of meta.json, the tokenizer).
     """
     trained_within = {"head": None, "tail": None}
-    if settings["tokenizer"] == "bpe":
-        make_directory(root)  # first: training takes a while, and should not be in vain
+    if enc is None:
         enc, trained_within = train_tokenizer(settings, read)
-    else:
-        enc = named_tokenizer(settings["tokenizer"])
-        make_directory(root)
     if enc.name != "gpt2":
         ranks = tokenizer_to_dict(enc)["ranks"]
         atomic_write(root / "tokenizer.tiktoken", lambda f: f.write(ranks))
@@ -159,14 +158,6 @@ def begin_dataset(root, settings, read):
             "source": settings["source"], "settings": settings, "trained_within": trained_within,
             "order": None}
     return meta, enc
-
-
-def make_directory(root):
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {root} ({error.strerror}): choose another "
-                        "--data_root") from error
 
 
 def train_tokenizer(settings, read):
