@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from fineweb import encode_stream, prepare
 from gptlib import scoring
 from gptlib.checkpoint import copy_to_host, load_checkpoint, save_checkpoint
-from gptlib.common import ArgumentParser, UserError, atomic_write, first_line, run_main
+from gptlib.common import ArgumentParser, UserError, atomic_write, first_line, log, run_main
 from gptlib.engine import Engine
 from gptlib.loader import TokenLoader
 from gptlib.runtime import (PEAK_TFLOPS, compile_model, git_commit, keep_freed_memory,
@@ -62,10 +62,6 @@ HERE = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # contenders and their turns
-
-
-def report(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def take_turns(contenders, rounds, unit):
@@ -92,10 +88,10 @@ def take_turns(contenders, rounds, unit):
 
 
 def show_results(title, results):
-    report(f"\n{title}")
+    log(f"\n{title}")
     for r in results:
         spread = f"({r['low']:,.2f} to {r['high']:,.2f})"
-        report(f"  {r['name']:42} {r['median']:13,.2f} {r['unit']:7} {spread}  x {r['ratio']:.2f}")
+        log(f"  {r['name']:42} {r['median']:13,.2f} {r['unit']:7} {spread}  x {r['ratio']:.2f}")
 
 
 def show_seconds(results):
@@ -104,7 +100,7 @@ def show_seconds(results):
     for r in results:
         name = r["name"].split(",")[0].split(":")[0]
         seconds.append(f"{name} {1 / r['median']:.2f}")
-    report("  in seconds: " + ", ".join(seconds))
+    log("  in seconds: " + ", ".join(seconds))
 
 
 def dtype_name(dtype):
@@ -292,9 +288,9 @@ def bench_floors(args):
     if datasheet:
         name, flops = datasheet
         floors[f"datasheet of {name}, bf16 TFLOP/s"] = flops / 1e12
-    report("\nfloors")
+    log("\nfloors")
     for name, value in floors.items():
-        report(f"  {name:48} {value:10.2f}")
+        log(f"  {name:48} {value:10.2f}")
     return floors
 
 
@@ -403,7 +399,7 @@ def bench_train(args):
         profile(training_ours(args, True))
     step_tokens = B * micro_steps * config.block_size
     loader = loader_share(args, config, step_tokens, results[0]["median"])
-    report(f"  TokenLoader makes {loader['tok/s']:,.0f} tok/s: "
+    log(f"  TokenLoader makes {loader['tok/s']:,.0f} tok/s: "
            f"{loader['share of a step']:.2%} of a step")
     return {title: results, "loader": loader}
 
@@ -415,7 +411,7 @@ def add_mfu(results, config, peak):
     for r in results:
         r["mfu"] = r["median"] * flops / peak
     shares = ", ".join(f"{r['name']} {r['mfu']:.0%}" for r in results)
-    report(f"  at {flops / 1e9:.2f} GFLOP a token the measured peak, {peak / 1e12:.2f} TFLOP/s, "
+    log(f"  at {flops / 1e9:.2f} GFLOP a token the measured peak, {peak / 1e12:.2f} TFLOP/s, "
            f"is {peak / flops:,.0f} tok/s: {shares}")
 
 
@@ -460,9 +456,9 @@ def profile(work):
     recorded = record_profile(work)
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     averages = recorded.key_averages()
-    report(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
+    log(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
     recorded.export_chrome_trace("bench_trace.json")
-    report("the trace is in bench_trace.json")
+    log("the trace is in bench_trace.json")
 
 
 # -----------------------------------------------------------------------------
@@ -646,7 +642,7 @@ def bench_serve(args):
                 results[title] = take_turns(contenders, args.rounds, "tok")
                 show_results(title, results[title])
     rates = [contender[0]["median"] for contender in results.values()]
-    report(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
+    log(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
            f"what {args.streams[0]} gets")
     return results
 
@@ -923,7 +919,7 @@ def draw_growth(results, title, path):
     fig.suptitle(title)
     fig.tight_layout()
     atomic_write(path, lambda f: fig.savefig(f, format="png", dpi=110))
-    report(f"drawn in {path}")
+    log(f"drawn in {path}")
 
 
 def bench_growth(args):
@@ -940,7 +936,7 @@ def bench_growth(args):
             with separate_processes(point=(growth_point, args, *point)) as works:
                 seconds, peak = works["point"]()
             results[name].append(dict(at=n, seconds=seconds, bytes=peak))
-            report(f"  {name} {n:5}: {seconds:7.3f} s a step, {peak / 2**30:5.2f} GiB")
+            log(f"  {name} {n:5}: {seconds:7.3f} s a step, {peak / 2**30:5.2f} GiB")
     title = (f"a training step of {args.preset}, eager: where it is not varied, "
              f"{preset['n_layer']} layers, {B} x {T} tokens")
     draw_growth(results, title, args.picture)
@@ -979,7 +975,7 @@ def bench_processes(args):
         write_random_shard(data / "random_val_000000.npy", 10**6)
         write_random_shard(data / "random_train_000001.npy", 10**6)
         results = {n: train_under_torchrun(n, folder, 3 + args.rounds) for n in (1, 2)}
-    report(f"\none process {results[1]:,.0f} tok/s, two {results[2]:,.0f} tok/s: "
+    log(f"\none process {results[1]:,.0f} tok/s, two {results[2]:,.0f} tok/s: "
            f"x {results[2] / results[1]:.2f}")
     return results
 
@@ -1241,15 +1237,15 @@ def bench_gpu(args):
             result = run_part(*part)
             result["part_seconds"] = time.perf_counter() - t0
             results["parts"][name] = result
-            report(f"{name}: {result['summary']}")
+            log(f"{name}: {result['summary']}")
         except UserError as e:
             results["failed"][name] = first_line(e)
-            report(f"{name}: FAILED, {e}")
+            log(f"{name}: FAILED, {e}")
         text = json.dumps(results, indent=2).encode()
         table = gpu_table(results).encode()
         atomic_write(folder / "gpu.json", lambda f, text=text: f.write(text))
         atomic_write(folder / "gpu.md", lambda f, table=table: f.write(table))
-    report(f"the figures are in {folder / 'gpu.json'}, the table in {folder / 'gpu.md'}")
+    log(f"the figures are in {folder / 'gpu.json'}, the table in {folder / 'gpu.md'}")
     return results
 
 
@@ -1313,7 +1309,7 @@ def run_benches(args):
             results[name] = bench(args)
         except (UserError, ImportError) as e:
             # without a vocabulary, examples or transformers the others still count
-            report(f"\n{name}: left out, {e}")
+            log(f"\n{name}: left out, {e}")
     return results
 
 

@@ -58,10 +58,7 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     root = Path(data_root)
     num_proc = os.cpu_count() if num_proc is None else num_proc
     check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
-                  max_tokens)
-    if pattern is not None and (pattern != "gpt2" or tokenizer != "bpe"):
-        raise UserError(f"--tokenizer {tokenizer} --pattern {pattern}: expected bpe with gpt2, or "
-                        "no --pattern")
+                  max_tokens, pattern)
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     description, read = open_source(source, files, dataset, name, column)
@@ -98,7 +95,8 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     return read_meta(root)
 
 
-def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix, max_tokens):
+def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix, max_tokens,
+                  pattern):
     """Raise UserError for the first option out of range."""
     if (vocab_size is not None) != (tokenizer == "bpe"):
         raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: a size goes with bpe, "
@@ -106,6 +104,9 @@ def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, pre
     if vocab_size is not None and not 257 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size {vocab_size}: expected 257 (the bytes and {EOT}) to 65536 "
                         "(uint16 shards)")
+    if pattern is not None and (pattern != "gpt2" or tokenizer != "bpe"):
+        raise UserError(f"--tokenizer {tokenizer} --pattern {pattern}: expected bpe with gpt2, or "
+                        "no --pattern")
     if shard_size < 1:
         raise UserError(f"--shard_size {shard_size}: expected at least 1")
     if num_proc < 1:

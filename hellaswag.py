@@ -30,13 +30,13 @@ is applied only where a loss is needed.
 """
 
 import torch
-import torch.distributed as dist
 
 from gptlib.checkpoint import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
-from gptlib.runtime import distributed, keep_freed_memory, resolve_device, resolve_dtype
+from gptlib.runtime import (distributed, keep_freed_memory, resolve_device, resolve_dtype,
+                            share_from_rank0)
 from gptlib.scoring import evaluate, load_examples
-from gptlib.tokenizer import load_tokenizer
+from gptlib.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
 
 
@@ -68,18 +68,8 @@ def load_model(source):
     checkpoint = load_checkpoint(source, mmap=True)  # the state of the optimizers stays on disk
     model = GPT.from_checkpoint(checkpoint)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"the model has {model.config.vocab_size} tokens, but its tokenizer "
-                        f"{tokenizer.name} has {tokenizer.n_vocab}: they do not belong together")
+    check_vocabulary("the model", model.config.vocab_size, tokenizer)
     return model, tokenizer
-
-
-def load_examples_on_rank0(path, limit, world):
-    """The first `limit` examples on every rank; only rank 0 reads, or downloads, the file."""
-    examples = [load_examples(path)[:limit] if world.rank == 0 else None]
-    if world.size > 1:
-        dist.broadcast_object_list(examples, src=0)
-    return examples[0]
 
 
 def main():
@@ -89,7 +79,8 @@ def main():
         dtype = resolve_dtype(args.dtype, device)
         keep_freed_memory(device)
         model, tokenizer = load_model(args.checkpoint_path or args.model_type)
-        examples = load_examples_on_rank0(args.data, args.limit, world)
+        examples = load_examples(args.data)[:args.limit] if world.rank == 0 else None
+        examples = share_from_rank0(examples, world)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scores = evaluate(model.to(device), examples, tokenizer, autocast,
                           world.rank, world.size, args.batch_tokens)

@@ -29,20 +29,19 @@ import tiktoken
 import torch
 
 from gptlib.checkpoint import load_checkpoint
-from gptlib.common import ArgumentParser, UserError, run_main
+from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.engine import Engine
 from gptlib.gguf_export import dtype_from_name, export_gguf
-from gptlib.runtime import resolve_device, resolve_dtype
+from gptlib.runtime import resolve_device, resolve_dtype, use_one_thread_if_small
 from gptlib.sampling import SamplingParams
 from gptlib.text import TextStream, encode_prompt
-from gptlib.tokenizer import load_tokenizer
+from gptlib.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
 
 DEFAULT_CHECKPOINT = "log/latest_checkpoint.pt"
 DEFAULT_PROMPT = "Hello, I'm a language model,"
 MAX_SLOTS = 16  # samples decoded at a time; further ones wait for a slot
-SMALL_MODEL = 10**7  # parameters: a step of a smaller model ends before a second thread has started
 
 # -----------------------------------------------------------------------------
 # the model
@@ -70,10 +69,7 @@ def load_for_sampling(path, device=None, dtype=None):
     checkpoint = load_checkpoint(path, mmap=True)
     model = GPT.from_checkpoint(checkpoint, dropout=0.0)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(
-            f"the model of {str(path)!r} knows {model.config.vocab_size} tokens, its tokenizer "
-            f"{tokenizer.name} has {tokenizer.n_vocab}: they don't belong together")
+    check_vocabulary(f"the model of {str(path)!r}", model.config.vocab_size, tokenizer)
     model.tokenizer = tokenizer
     model = model.to(device, dtype).eval().requires_grad_(False)
     train_config = checkpoint.get("train_config", {})
@@ -195,11 +191,6 @@ def read_prompt(prompt):
     return prompt
 
 
-def print_status(text):
-    """Print to stderr what is not part of the sampled text."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def export_checkpoint(config):
     """Write the checkpoint as a Hugging Face directory, or as a file if its name ends in .gguf."""
     is_gguf = config.export.endswith(".gguf")
@@ -214,7 +205,7 @@ def export_checkpoint(config):
         export_gguf(model.config, model.state_dict(), model.tokenizer, config.export, gguf_dtype)
     else:
         model.save_pretrained(config.export)
-    print_status(f"exported {config.checkpoint_path} to {config.export}")
+    log(f"exported {config.checkpoint_path} to {config.export}")
 
 
 def print_samples(prompt, streams):
@@ -240,12 +231,11 @@ def main():
 
     prompt = None if config.prompt is None else read_prompt(config.prompt)
     loaded = load_for_sampling(config.checkpoint_path, config.device, config.dtype)
-    if sum(p.numel() for p in loaded.model.parameters()) < SMALL_MODEL:
-        torch.set_num_threads(1)
+    use_one_thread_if_small(loaded.model)
     prompt = loaded.sample_prompt if prompt is None else prompt
     engine = make_engine(loaded.model, loaded.tokenizer, config.num_samples, config.compile)
     if config.compile:
-        print_status("compiling ...")
+        log("compiling ...")
         engine.warm_up()
 
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
@@ -259,7 +249,7 @@ def main():
     seconds = time.perf_counter() - start
     n_tokens = sum(stream.n_tokens for stream in streams)
     reasons = ", ".join(stream.request.finish_reason for stream in streams)
-    print_status(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.0f} tokens/s; "
+    log(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.0f} tokens/s; "
                  f"seed {params.seed}, {reasons}")
 
 

@@ -48,10 +48,10 @@ from gptlib.api import (
     request_models,
     sse_stream,
 )
-from gptlib.common import ArgumentParser, UserError, run_main
+from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, read_environment, setting
 from gptlib.http_server import create_server, disconnect_check, wait_until_sent
-from gptlib.service import Service, log
+from gptlib.service import Service
 from inference import DEFAULT_CHECKPOINT, load_for_sampling
 
 PAGE = Path(__file__).resolve().parent / "gptlib" / "page"

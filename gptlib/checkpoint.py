@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from gptlib.broadcast import broadcast_nest
+from gptlib.broadcast import broadcast_nest, map_leaves
 from gptlib.checkpoint_file import PickledConfig, directory_identity, read_checkpoint_file
 from gptlib.common import UserError, atomic_write
 from gptlib.huggingface import load_hugging_face
+from gptlib.runtime import any_rank, share_from_rank0
 
 CHECKPOINT_VERSION = 1
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -63,24 +63,23 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
-def copy_to_host(state, copies=None):
+def copy_to_host(state):
     """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training
     changes the tensors.
 
-    Tensors that share memory, such as the embedding and the head, share it in the copy too:
-    `copies` has those that were made so far.
+    Tensors that share memory, such as the embedding and the head, share it in the copy too.
     """
-    copies = {} if copies is None else copies
-    if isinstance(state, dict):
-        return {key: copy_to_host(value, copies) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(copy_to_host(value, copies) for value in state)
-    if not torch.is_tensor(state):
-        return state
-    key = state.device, state.data_ptr(), state.shape, state.dtype
-    if key not in copies:
-        copies[key] = state.detach().to("cpu", copy=True)
-    return copies[key]
+    copies = {}
+
+    def copy(leaf):
+        if not torch.is_tensor(leaf):
+            return leaf
+        key = leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype
+        if key not in copies:
+            copies[key] = leaf.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return map_leaves(state, copy)
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def load_initial_checkpoint(flags, world):
     """
     offer = choose_initial_checkpoint(flags) if world.rank == 0 else None
     if world.size > 1:
-        offer = share_offer(offer, world.rank)
+        offer = share_offer(offer, world)
     if offer is None:
         return None
     checkpoint = offer.checkpoint
@@ -216,22 +215,19 @@ def load_weights(init_from):
     return Offer(str(init_from), identity, True, checkpoint)
 
 
-def share_offer(offer, rank):
+def share_offer(offer, world):
     """Rank 0's Offer, on every rank: mapped where the rank sees the identical file, else sent
     tensor by tensor."""
-    message = [offer and replace(offer, checkpoint=None)]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is None:
+    shared = share_from_rank0(offer and replace(offer, checkpoint=None), world)
+    if shared is None:
         return None
-    if rank > 0:
-        offer = message[0]
+    if world.rank > 0:
+        offer = shared
         offer.checkpoint = load_identical(offer)
 
-    all_loaded = torch.tensor(int(offer.checkpoint is not None))
-    dist.all_reduce(all_loaded, op=dist.ReduceOp.MIN)
-    if not all_loaded:  # other hosts may not see rank 0's disk
-        has_loaded = offer.checkpoint is not None
-        offer.checkpoint = broadcast_nest(offer.checkpoint, rank, keep_own=has_loaded)
+    has_loaded = offer.checkpoint is not None
+    if any_rank(not has_loaded, world):  # other hosts may not see rank 0's disk
+        offer.checkpoint = broadcast_nest(offer.checkpoint, world.rank, keep_own=has_loaded)
     return offer
 
 

@@ -173,6 +173,11 @@ def is_rank0():
     return os.environ.get("RANK", "0") == "0"
 
 
+def log(text):
+    """Print a line to stderr at once: what is not the program's result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def print0(text):
     """Print a line on rank 0 alone, above a progress bar where there is one."""
     if is_rank0():

@@ -11,7 +11,6 @@ from gptlib.decode_step import compile_next_logits, make_decode_step, next_logit
 from gptlib.packing import can_pack, pack
 from gptlib.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
-from gptlib.text import TextStream  # noqa: F401  service.py imports it from here
 
 
 class Request:

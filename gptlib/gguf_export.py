@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gptlib.common import UserError, atomic_write, import_optional
-from gptlib.tokenizer import BYTE_OF, EOT, GPT2_SPLIT
+from gptlib.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, check_vocabulary
 
 DTYPES = ("f16", "bf16", "q8_0")
 LAYER_NORM_EPSILON = 1e-5  # of torch.nn.LayerNorm, and of GPT-2
@@ -88,10 +88,7 @@ def check_model(config, tokenizer):
         raise UserError("cannot export a model with the exact GELU (nanoGPT's): llama.cpp computes "
                         "GPT-2 with the tanh approximation, so its results would differ; export a "
                         "Hugging Face directory instead")
-    if tokenizer.n_vocab > config.vocab_size:
-        raise UserError(f"the model knows {config.vocab_size} tokens, its tokenizer has "
-                        f"{tokenizer.n_vocab}: "
-                        "they don't belong together")
+    check_vocabulary("the model", config.vocab_size, tokenizer)
     if tokenizer.name not in ("gpt2", "bpe-gpt2") or tokenizer._pat_str != GPT2_SPLIT:
         raise UserError(f"cannot export the tokenizer {tokenizer.name!r}: a GGUF file can't "
                         "express how it splits text into words, so llama.cpp would make other "

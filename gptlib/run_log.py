@@ -5,11 +5,10 @@ import itertools
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 from gptlib.checkpoint import list_checkpoints
-from gptlib.common import UserError, atomic_write, import_optional
+from gptlib.common import UserError, atomic_write, import_optional, warn
 from gptlib.plot import plot
 
 # what log.txt shows of each kind of record: the name of the value, and its format
@@ -134,8 +133,7 @@ class RunLog:
                 file.write(line + "\n")
         except OSError as error:
             if not self.has_warned:
-                print(f"warning: {path} can't be written to ({error.strerror}); training goes on",
-                      file=sys.stderr)
+                warn(f"{path} can't be written to ({error.strerror}); training goes on")
             self.has_warned = True
 
 

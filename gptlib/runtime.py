@@ -233,6 +233,12 @@ def keep_freed_memory(device):
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def use_one_thread_if_small(model):
+    """Compute with one thread where a step of the model ends before a second one has started."""
+    if sum(p.numel() for p in model.parameters()) < 10**7:
+        torch.set_num_threads(1)
+
+
 def compile_model(model, device, **options):
     """torch.compile(model, **options), or the model itself with a warning where a trial shows
     that no compiler works.

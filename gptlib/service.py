@@ -2,27 +2,20 @@
 
 import atexit
 import dataclasses
-import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 
-import torch
-
 from gptlib.api import ApiError
+from gptlib.common import log
 from gptlib.engine import Engine
+from gptlib.runtime import use_one_thread_if_small
 from gptlib.sampling import SamplingParams
 from gptlib.text import TextStream
 
-SMALL_MODEL = 10**7  # parameters; one thread finishes its step before a second one has woken up
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that hung up; only the metrics see it
-
-
-def log(text):
-    """Write a line to the server's log, stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Metrics:
@@ -206,8 +199,7 @@ class Service:
         loaded = self.load_model(settings.model_checkpoint, settings.device, settings.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
         parameters = sum(p.numel() for p in model.parameters())
-        if parameters < SMALL_MODEL:
-            torch.set_num_threads(1)
+        use_one_thread_if_small(model)
         engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token,
                         settings.compile)
         engine.warm_up()

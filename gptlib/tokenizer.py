@@ -107,6 +107,13 @@ def load_gpt2():
             "--vocab_size 4096") from error
 
 
+def check_vocabulary(what, vocab_size, enc):
+    """Raise UserError where a model, named by `what`, has fewer ids than its tokenizer."""
+    if enc.n_vocab > vocab_size:
+        raise UserError(f"{what} has {vocab_size} tokens, but its tokenizer {enc.name} has "
+                        f"{enc.n_vocab}: they do not belong together")
+
+
 def tokenizer_to_dict(enc):
     """What a checkpoint keeps of a tokenizer.
 

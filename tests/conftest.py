@@ -92,3 +92,20 @@ def read_log(log_dir):
         assert int(step) not in log.setdefault(kind, {}), f"{kind} of step {step} is there twice"
         log[kind][int(step)] = value
     return log
+
+
+def load_gpt2_or_skip():
+    """GPT-2's tokenizer; the test is skipped where its vocabulary can't be had."""
+    from gptlib.common import UserError
+    from gptlib.tokenizer import load_tokenizer
+    try:
+        return load_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(f"the GPT-2 vocabulary is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A step of a tiny model is over before a second thread has started."""
+    import torch
+    torch.set_num_threads(1)

@@ -5,14 +5,12 @@ import dataclasses
 import random
 import sys
 
-import pytest
 import torch
 import transformers
 
 import hellaswag
 import train_gpt2
-from gptlib.common import UserError
-from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict, train_bpe
+from gptlib.tokenizer import tokenizer_to_dict, train_bpe
 from train_gpt2 import GPT, GPTConfig
 
 # the words of the Chinese corpus
@@ -29,14 +27,6 @@ def chinese(n, seed=0):
     for _ in range(n):
         end = rng.choice(["。", "。", "！", "……", f"，一共{rng.randrange(1000)}次。", " OK 🙂。\n"])
         yield rng.choice(WHEN) + rng.choice(WHO) + rng.choice(WHERE) + rng.choice(WHAT) + end
-
-
-def load_gpt2_or_skip():
-    """GPT-2's tokenizer; the test is skipped where its vocabulary can't be had."""
-    try:
-        return load_tokenizer("gpt2")
-    except UserError as error:
-        pytest.skip(f"the GPT-2 vocabulary is not here: {error}")
 
 
 def train_mixed_bpe():

@@ -20,9 +20,7 @@ from gptlib.runtime import skip_init
 from train_gpt2 import GPT
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,7 @@ from train_gpt2 import GPT
 both_depths = pytest.mark.parametrize("async_depth", [0, 1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import load_gpt2_or_skip
 from tokenizers import pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from gptlib.common import UserError
 from gptlib.gguf_export import DTYPES, derive_merges, dtype_from_name, export_gguf
-from gptlib.tokenizer import BYTE_OF, EOT, load_tokenizer, make_encoding, train_bpe
+from gptlib.tokenizer import BYTE_OF, EOT, make_encoding, train_bpe
 from train_gpt2 import GPT, GPTConfig
 
 TEXT = "The cats aren't on the mats; we'll see 1234 of them, naïve 日本語 🙂🙂.\n\n  def f(x):\n\treturn x\n"
@@ -31,10 +32,7 @@ HOSTILE = ["", " ", "  ", "\n", " \n\n  a", "a  \u3000 b", "don't I'LL we've 'sa
 
 @pytest.fixture(scope="module")
 def gpt2():
-    try:
-        return load_tokenizer("gpt2")
-    except UserError as error:
-        pytest.skip(f"the GPT-2 vocabulary is not here: {error}")
+    return load_gpt2_or_skip()
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import run
-from test_scoring import (BYTES, BYTES_DICT, FLOAT32, gpt2_tokenizer, made_examples,
+from conftest import load_gpt2_or_skip, run
+from test_scoring import (BYTES, BYTES_DICT, FLOAT32, made_examples,
                           make_model)
 from torch.nn import functional as F
 
@@ -48,7 +48,7 @@ def original_choices(model, enc, example):
 def test_equals_the_original_on_a_hugging_face_directory(tmp_path, monkeypatch, capsys):
     """Guards against accuracies that are not comparable with those of build-nanogpt."""
     transformers = pytest.importorskip("transformers")
-    gpt2_tokenizer()  # skips where there is no vocabulary
+    load_gpt2_or_skip()  # skips where there is no vocabulary
     import tiktoken
     enc = tiktoken.get_encoding("gpt2")
     make_model(enc).save_pretrained(tmp_path / "hf")

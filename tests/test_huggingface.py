@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import run
+from conftest import load_gpt2_or_skip, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from interop_helpers import chinese, greedy, hugging_face, load_gpt2_or_skip, main_of, train_mixed_bpe, write_checkpoint
+from interop_helpers import chinese, greedy, hugging_face, main_of, train_mixed_bpe, write_checkpoint
 from safetensors import SafetensorError
 
 import fineweb

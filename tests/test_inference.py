@@ -21,9 +21,7 @@ from inference import generate_text, load_for_sampling, load_model_from_checkpoi
 from train_gpt2 import GPT
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, english, flags, read_log, run, write_dataset
-from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, load_gpt2_or_skip, main_of,
+from conftest import TINY, english, flags, load_gpt2_or_skip, read_log, run, write_dataset
+from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, main_of,
                              train_mixed_bpe, write_checkpoint)
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D

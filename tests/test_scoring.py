@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import load_gpt2_or_skip
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,13 +30,6 @@ BYTE_RANKS = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range
 BYTES_DICT = {"name": "bpe", "ranks": BYTE_RANKS}
 BYTES = load_tokenizer(BYTES_DICT)
 FLOAT32 = contextlib.nullcontext()
-
-
-def gpt2_tokenizer():
-    try:
-        return load_tokenizer("gpt2")
-    except UserError as e:
-        pytest.skip(f"the GPT-2 vocabulary is not here: {e}")
 
 
 def real_examples():
@@ -136,7 +130,7 @@ def assert_same_as_plain(model, examples, tokenizer, batch_tokens=0):
     (made_examples, lambda: BYTES, True),
     (real_examples, lambda: BYTES, False),
     (real_examples, lambda: BYTES, True),
-    (lambda: real_examples()[:80], gpt2_tokenizer, True),  # 80, for its 50k columns take long
+    (lambda: real_examples()[:80], load_gpt2_or_skip, True),  # 80, for its 50k columns take long
 ], ids=["made-random", "made-trained", "real-random", "real-trained", "real-trained-gpt2"])
 def test_choices_and_losses_equal_the_plain_method(source, get_tokenizer, trained):
     """Guards against a packed row in which an ending sees another, or the wrong positions."""
