@@ -27,6 +27,7 @@ RUN if [ "$TORCH" = cpu ]; then \
 # the six scripts, and the package they share with the page that serve.py serves
 COPY *.py LICENSE ./
 COPY gptlib gptlib
+COPY benches benches
 
 # torch names its cache folder after USER, which --user may leave without an entry in /etc/passwd
 # hadolint ignore=DL3064

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run
 
-import bench
+from benches import gpu, processes, turns
 from gptlib.common import UserError
 
 
@@ -32,8 +32,8 @@ def test_ratios_are_medians_of_pairs(monkeypatch):
                   0, 1, 0, 2,  # 10 / s and 5 / s: x 2
                   0, 2, 0, 2,  # 5 / s and 5 / s: x 1
                   0, 5, 0, 40])  # 2 / s and 0.25 / s: x 8
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    ours, peer = bench.take_turns({"ours": lambda: 10, "peer": lambda: 10}, 3, "tok")
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(clock))
+    ours, peer = turns.take_turns({"ours": lambda: 10, "peer": lambda: 10}, 3, "tok")
     assert ours == dict(name="ours", unit="tok/s", median=5, low=2, high=10, ratio=2)
     assert peer == dict(name="peer", unit="tok/s", median=5, low=0.25, high=5, ratio=1)
 
@@ -53,7 +53,7 @@ def die():
 def test_contenders_run_in_separate_processes():
     """Guards against contenders that share an allocator, threads or a compiler."""
     contenders = dict(a=(report_process, 1), b=(report_process, 2))
-    with bench.separate_processes(**contenders) as works:
+    with turns.separate_processes(**contenders) as works:
         a, process_of_a = works["a"]()
         b, process_of_b = works["b"]()
         assert (a, b) == (1, 2)
@@ -67,7 +67,7 @@ def test_contenders_run_in_separate_processes():
 ])
 def test_a_contender_that_fails_says_why(contender, message):
     """Guards against a lost reason, and against waiting for ever for a process that has died."""
-    with pytest.raises(UserError, match=message), bench.separate_processes(a=(contender,)):
+    with pytest.raises(UserError, match=message), turns.separate_processes(a=(contender,)):
         pass
 
 
@@ -85,18 +85,18 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError
 
 def test_the_reason_comes_before_torchruns_report():
     """Guards against fifty lines of torchrun that hide why its worker failed."""
-    assert bench.last_lines(TORCHRUN_REPORT, 1) == "ValueError: the real reason"
-    assert bench.last_lines("a\n\nb\nc\n", 2) == "b\nc"
-    assert bench.last_lines("") == ""
+    assert turns.last_lines(TORCHRUN_REPORT, 1) == "ValueError: the real reason"
+    assert turns.last_lines("a\n\nb\nc\n", 2) == "b\nc"
+    assert turns.last_lines("") == ""
 
 
 def test_processes_says_why_a_worker_failed(tmp_path, monkeypatch):
     """Guards against `bench.py processes` that names an exit code and hides the worker's error."""
     script = "import sys\nsys.exit('error: this GPU is on fire')\n"
     (tmp_path / "train_gpt2.py").write_text(script)
-    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
     with pytest.raises(UserError) as e:
-        bench.bench_processes(SimpleNamespace(rounds=1))
+        processes.bench_processes(SimpleNamespace(rounds=1))
     assert "train_gpt2.py" in str(e.value)
     assert "error: this GPU is on fire" in str(e.value)
     assert len(str(e.value).splitlines()) <= 11
@@ -143,11 +143,11 @@ def sleep():
 
 def test_a_part_that_hangs_is_ended(monkeypatch):
     """Guards against a hung kernel that holds up the parts after it."""
-    monkeypatch.setattr(bench, "GPU_PART_TIMEOUT", 0.1)
-    monkeypatch.setattr(bench.ContenderProcess, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(gpu, "GPU_PART_TIMEOUT", 0.1)
+    monkeypatch.setattr(turns.ContenderProcess, "GRACE_SECONDS", 0.1)
     t0 = time.perf_counter()
     with pytest.raises(UserError, match="not finished after 0.1 seconds"):
-        bench.run_part(sleep)
+        gpu.run_part(sleep)
     assert time.perf_counter() - t0 < 50
 
 
@@ -165,18 +165,18 @@ def test_a_part_that_hangs_is_ended(monkeypatch):
 ])
 def test_kernels_are_sorted_by_kind(name, kind):
     """Guards against a profile that counts attention, whose names mention cutlass, as products."""
-    assert bench.kernel_kind(name) == kind
+    assert gpu.kernel_kind(name) == kind
 
 
 def test_state_differs_by_a_bit():
     """Guards against a resume that is called equal because nothing was compared."""
     state = dict(model=dict(w=torch.zeros(3)), optimizer=[dict(step=1, m=torch.ones(2))])
     same = dict(model=dict(w=torch.zeros(3)), optimizer=[dict(step=1, m=torch.ones(2))])
-    assert bench.same_state(state, same)
+    assert gpu.same_state(state, same)
     same["optimizer"][0]["m"][1] += 1e-6
-    assert not bench.same_state(state, same)
-    assert not bench.same_state(state, dict(model=state["model"]))
-    assert not bench.same_state([state, state], [state])
+    assert not gpu.same_state(state, same)
+    assert not gpu.same_state(state, dict(model=state["model"]))
+    assert not gpu.same_state([state, state], [state])
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""Tokens a second of the engine, beside transformers and nanoGPT."""
+
+
+import torch
+
+from benches.peers import peer_classes
+from benches.turns import dtype_name, show_results, take_turns
+from gptlib.engine import Engine
+from gptlib.runtime import resolve_device, resolve_dtype
+from train_gpt2 import GPT, GPTConfig
+
+
+def gpt2_to_decode(args):
+    """Device, dtype and GPT-2 (124M) with random weights, as the flags ask for it."""
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return device, dtype, GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+
+
+def decode_engine(model, prompts, length, compile=False, stop_token=None):
+    """inference.py's engine with one slot for each prompt."""
+    engine = Engine(model, len(prompts), n_vocab=50257, stop_token=stop_token, compile=compile)
+
+    def work():
+        requests = []
+        for i, prompt in enumerate(prompts):
+            requests.append(engine.submit(prompt, max_length=length, top_k=50, seed=i))
+        while engine.step():
+            pass
+        return sum(len(request.tokens) for request in requests)
+    return work
+
+
+def decode_transformers(config, prompt, streams, length, device, dtype):
+    """generate() of transformers' GPT-2 of the same shape, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    hf_config = GPT2Config(n_positions=config.block_size, n_layer=config.n_layer,
+                           n_head=config.n_head, n_embd=config.n_embd,
+                           eos_token_id=None, bos_token_id=None)
+    model = GPT2LMHeadModel(hf_config).to(device, dtype).eval()
+    idx = torch.tensor([prompt] * streams, device=device)
+
+    def work():
+        out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=length,
+                             do_sample=True, top_k=50, pad_token_id=0)
+        assert out.shape == (streams, len(prompt) + length)
+        return streams * length
+    return work
+
+
+def decode_nanogpt(peer, prompt, streams, length, device, dtype):
+    """generate() of a nanoGPT checkout, which has no cache."""
+    model = peer.GPT(peer.GPTConfig(vocab_size=50304)).to(device).eval()
+    idx = torch.tensor([prompt] * streams, device=device)
+
+    def work():
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        with torch.no_grad(), autocast:
+            model.generate(idx, length, temperature=1.0, top_k=50)
+        return streams * length
+    return work
+
+
+def read_weights(model, device):
+    """The limit for one stream: every weight is read once per token, and nothing else is done."""
+    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = torch.zeros(n_bytes // 4, device=device)
+
+    def work():
+        for _ in range(20):
+            weights.max().item()
+        return 20
+    return work
+
+
+def bench_decode(args):
+    """Tokens per second of `streams` sequences of `length` new tokens each.
+
+    They are sampled with top_k 50 at temperature 1.
+    """
+    device, dtype, model = gpt2_to_decode(args)
+    prompt = torch.randint(50257, (16,)).tolist()
+    length = args.length
+    peer = peer_classes(args.peer, ("GPT", "GPTConfig")) if args.peer else None
+    peer_generates = peer is not None and hasattr(peer.GPT, "generate")  # build-nanogpt's does not
+    results = {}
+    for streams in args.streams:
+        prompts = [prompt] * streams
+        contenders = {}
+        if streams == 1:
+            contenders["weights read once a token"] = read_weights(model, device)
+        contenders["inference.py"] = decode_engine(model, prompts, length)
+        if args.compile:
+            compiled = decode_engine(model, prompts, length, compile=True)
+            contenders["inference.py --compile"] = compiled
+        if peer_generates:
+            work = decode_nanogpt(peer, prompt, streams, length, device, dtype)
+            contenders["nanoGPT"] = work
+        else:
+            work = decode_transformers(model.config, prompt, streams, length, device, dtype)
+            contenders["transformers"] = work
+        title = f"{streams} x {length} tokens, {dtype_name(dtype)}, {device.type}"
+        results[title] = take_turns(contenders, args.rounds, "tok")
+        show_results(title, results[title])
+    return results

@@ -1,0 +1,39 @@
+"""The models of other repositories, from a checkout of them."""
+
+import ast
+import sys
+import types
+from pathlib import Path
+
+from gptlib.common import UserError
+
+
+def read_definitions(file):
+    """Run a peer's imports, classes and functions, but not its other lines: it may train at import.
+
+    Returns them as a module.
+    """
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    body = []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, kinds) and getattr(node, "module", "") != "hellaswag":
+            body.append(node)
+    module = types.ModuleType("peer")
+    module.master_process = False
+    sys.modules["peer"] = module  # its dataclasses look themselves up there
+    exec(compile(ast.Module(body, []), str(file), "exec"), module.__dict__)
+    return module
+
+
+def peer_classes(path, names):
+    """The definitions of a peer's train_gpt2.py or model.py, as a module that has these names.
+
+    Raises UserError where neither file has them.
+    """
+    for file in (Path(path) / "train_gpt2.py", Path(path) / "model.py"):
+        if file.is_file():
+            module = read_definitions(file)
+            if all(hasattr(module, name) for name in names):
+                return module
+    raise UserError(f"--peer {path} is no checkout of build-nanogpt or nanoGPT: "
+                    f"no train_gpt2.py or model.py with {' and '.join(names)} in it")

@@ -1,0 +1,179 @@
+"""A training step beside build-nanogpt's, and where its time goes."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benches.floors import matrix_peak
+from benches.peers import peer_classes
+from benches.turns import dtype_name, separate_processes, show_results, take_turns
+from gptlib.common import log
+from gptlib.loader import TokenLoader
+from gptlib.runtime import compile_model, keep_freed_memory, resolve_device, resolve_dtype
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, take_step
+
+
+def training_shape(args):
+    """The model's config, micro-batch size and micro-steps that the flags ask for.
+
+    Where they leave it open: the preset's own on a GPU, and what fits a laptop elsewhere.
+    """
+    cuda = resolve_device(args.device).type == "cuda"
+    preset = PRESETS[args.preset]
+    T, B, micro_steps = args.block_size, args.batch_size, args.micro_steps
+    if not T:
+        T = preset["block_size"] if cuda else min(512, preset["block_size"])
+    if not B:
+        B = preset["batch_size"] if cuda else 4
+    if not micro_steps:
+        micro_steps = max(1, preset["total_batch_size"] // (B * T)) if cuda else 1
+    config = GPTConfig(T, 50304, preset["n_layer"], preset["n_head"], preset["n_embd"])
+    return config, B, micro_steps
+
+
+def training_ours(args, compile):
+    """A step of train_gpt2.py: its model, take_step and optimizers, on random tokens."""
+    config, B, micro_steps = training_shape(args)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    T = config.block_size
+    cfg = TrainConfig(block_size=T, batch_size=B, total_batch_size=B * T * micro_steps,
+                      n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+                      warmup_steps=0)
+    keep_freed_memory(device)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    raw_model = GPT(config).to(device)
+    model = compile_model(raw_model, device) if compile else raw_model
+    optimizers = configure_optimizers(raw_model, cfg, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    x, y = torch.randint(50257, (2, B, T), device=device)
+    micro_batches = [(x, y, B * T)] * micro_steps
+
+    def work():
+        loss, _ = take_step(model, micro_batches, optimizers, scaler, autocast, cfg.max_lr, cfg)
+        loss.item()
+        return cfg.total_batch_size
+    return work
+
+
+def training_plain(args, peer, compile):
+    """A step of the plain loop around a peer's model or, where peer is empty, around ours."""
+    config, B, micro_steps = training_shape(args)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    if peer:
+        module = peer_classes(peer, ("GPT", "GPTConfig"))
+        model = module.GPT(module.GPTConfig(config.block_size, config.vocab_size, config.n_layer,
+                                            config.n_head, config.n_embd)).to(device)
+    else:
+        model = GPT(config).to(device)
+    fused = not peer or device.type == "cuda"  # build-nanogpt fuses on CUDA only
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=fused)
+    forward = torch.compile(model) if compile else model
+    x, y = torch.randint(50257, (2, B, config.block_size), device=device)
+
+    def work():
+        optimizer.zero_grad()
+        for _ in range(micro_steps):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                _, loss = forward(x, y)
+            (loss / micro_steps).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        return x.numel() * micro_steps
+    return work
+
+
+def bench_train(args):
+    """Tokens per second of whole optimizer steps, and MFU.
+
+    MFU counts 6N + attention FLOPs per token (GPT.flops_per_token) over the measured matrix peak.
+    """
+    config, B, micro_steps = training_shape(args)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    contenders = {"train_gpt2.py": (training_ours, args, True)}
+    if args.eager:
+        contenders["train_gpt2.py --no-compile"] = (training_ours, args, False)
+    contenders["same model, plain torch.compile"] = (training_plain, args, "", True)
+    if args.peer:
+        peer_name = Path(args.peer).resolve().name
+        contenders[f"{peer_name}, eager"] = (training_plain, args, args.peer, False)
+    title = (f"training {args.preset}, {micro_steps} x {B} x {config.block_size} tokens a step, "
+             f"{dtype_name(dtype)}, {device.type}")
+    with separate_processes(**contenders) as works:
+        results = take_turns(works, args.rounds, "tok")
+    show_results(title, results)
+    add_mfu(results, config, matrix_peak(device, dtype))
+    if args.profile:
+        profile(training_ours(args, True))
+    step_tokens = B * micro_steps * config.block_size
+    loader = loader_share(args, config, step_tokens, results[0]["median"])
+    log(f"  TokenLoader makes {loader['tok/s']:,.0f} tok/s: "
+           f"{loader['share of a step']:.2%} of a step")
+    return {title: results, "loader": loader}
+
+
+def add_mfu(results, config, peak):
+    """Add to each result its share of the peak FLOP/s, and report them."""
+    with torch.device("meta"):
+        flops = GPT(config).flops_per_token()
+    for r in results:
+        r["mfu"] = r["median"] * flops / peak
+    shares = ", ".join(f"{r['name']} {r['mfu']:.0%}" for r in results)
+    log(f"  at {flops / 1e9:.2f} GFLOP a token the measured peak, {peak / 1e12:.2f} TFLOP/s, "
+           f"is {peak / flops:,.0f} tok/s: {shares}")
+
+
+def write_random_shard(path, n_tokens):
+    tokens = np.random.default_rng(0).integers(50257, size=n_tokens, dtype=np.uint16)
+    np.save(path, tokens)
+
+
+def loader_share(args, config, step_tokens, rate):
+    """How fast TokenLoader makes tokens, and the share of a step that it takes.
+
+    In training that time is hidden: the loader works while the step before computes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_shard(Path(folder) / "random_train_000001.npy", 4 * step_tokens + 10**6)
+        loader = TokenLoader(folder, "train", config.block_size, shuffle=True)
+        t0 = time.perf_counter()
+        for step in range(4):
+            list(loader.batches(step * step_tokens, step_tokens, args.batch_size or 4))
+        loader_rate = 4 * step_tokens / (time.perf_counter() - t0)
+    return {"tok/s": loader_rate, "share of a step": rate / loader_rate}
+
+
+def record_profile(work):
+    """The torch profile of one turn of work, after two that warm up."""
+    from torch.profiler import ProfilerActivity
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    work()
+    work()
+    with torch.profiler.profile(activities=activities) as recorded:
+        work()
+    return recorded
+
+
+def profile(work):
+    """Show where a step spends its time: a table on stderr, and a trace for a viewer.
+
+    The trace, for https://ui.perfetto.dev, is written to bench_trace.json.
+    """
+    recorded = record_profile(work)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    averages = recorded.key_averages()
+    log(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
+    recorded.export_chrome_trace("bench_trace.json")
+    log("the trace is in bench_trace.json")
