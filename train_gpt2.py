@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -49,6 +48,7 @@ from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distribu
                             get_rng, nondeterministic_algorithms, prepare_device, resolve_device,
                             resolve_dtype, set_rng, skip_init, without_cudnn_attention)
 from gptlib.sampling import sample_next
+from gptlib.step_log import StepLog, update_if_finite
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 
 # -----------------------------------------------------------------------------
@@ -468,11 +468,12 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
               interrupted=lambda: False, n_common=math.inf):
     """One optimizer step on this process's micro-batches (x, y, tokens), at learning rate lr.
 
-    Returns this rank's share of the loss, a tensor (the shares of all ranks add up to the mean over
-    the step's tokens), and the norm of the whole gradient before clipping. If the norm is not
-    finite, the weights stay as they are. If `interrupted()` is true between two micro-batches, the
-    step is given up, nothing has changed, and the result is None. It is asked between the first
-    n_common micro-batches only, those that every rank has: the ranks agree on the answer.
+    Returns this rank's share of the loss (the shares of all ranks add up to the mean over the
+    step's tokens), and the norm of the whole gradient before clipping: tensors, which on CUDA the
+    device may not have computed yet. If the norm is not finite, the weights stay as they are. If
+    `interrupted()` is true between two micro-batches, the step is given up, nothing has changed,
+    and the result is None. It is asked between the first n_common micro-batches only, those that
+    every rank has: the ranks agree on the answer.
     """
     model.train()
     loss_sum = 0.0
@@ -495,12 +496,12 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     max_norm = cfg.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if math.isfinite(norm):
-            scaler.step(optimizer)
+    update_if_finite(optimizers, norm)
+    for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss_sum, norm
@@ -615,8 +616,8 @@ def train(cfg, checkpoint=None, world=World()):
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
                         tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints)
-    bad_steps = 0
-    with reporter, saver, contextlib.closing(steps), StopSignal(world) as stop_signal:
+    with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
+          StopSignal(world) as stop_signal):
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
@@ -625,6 +626,7 @@ def train(cfg, checkpoint=None, world=World()):
             # once in a while evaluate, and look at what the model writes
             due = step % cfg.eval_interval == 0 or last_step
             if due and step != val_step and not stop:
+                step_log.flush()
                 val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
                                     autocast, world)
                 val_step = step
@@ -639,6 +641,7 @@ def train(cfg, checkpoint=None, world=World()):
             # once in a while write a checkpoint
             due = step % cfg.checkpoint_interval == 0 or last_step or stop
             if due and step > start_step:
+                step_log.flush()
                 rng = gather_rng(device, world)
                 if world.rank == 0:
                     saver.save(dict(
@@ -652,7 +655,7 @@ def train(cfg, checkpoint=None, world=World()):
                 break
 
             # do one step of the optimization
-            t0 = time.perf_counter()
+            step_log.start()
             rng_before = get_rng(device)
             lr = get_lr(step, cfg)
             n_common = loader.fewest_micro_batches(position, cfg.total_batch_size, batch_size,
@@ -665,16 +668,7 @@ def train(cfg, checkpoint=None, world=World()):
             loss, norm = result
             if world.size > 1:
                 dist.all_reduce(loss)
-            loss = loss.item()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # so that the step is timed to its end
-            reporter.step(step, loss, lr, norm, time.perf_counter() - t0)
-            bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
-            if bad_steps == 10:
-                raise UserError(
-                    f"stopped at step {step}: the gradient norm was not finite ten steps in a row. "
-                    "Start again from the last checkpoint with a smaller --max_lr, or look at the "
-                    "data")
+            step_log.end(step, loss, lr, norm)
             step += 1
             position += cfg.total_batch_size
 

@@ -6,6 +6,7 @@ captured graph is replayed by calling what was called while it was captured.
 
 import contextlib
 import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class FakeCuda:
     def Stream(self, device=None):
         return FakeStream(self, device or torch.device("cuda", self.current))
 
-    def Event(self):
+    def Event(self, enable_timing=False):
         return FakeEvent(self)
 
     def CUDAGraph(self):
@@ -93,10 +94,16 @@ class FakeEvent:
         self.cuda = cuda
 
     def record(self, stream=None):
+        self.seconds = time.perf_counter()
         self.cuda.note("record", (stream or self.cuda.current_stream()).device)
 
     def synchronize(self):
         self.cuda.note("synchronize", torch.device("cuda", self.cuda.current))
+
+    def elapsed_time(self, end):
+        """Milliseconds from this event to another."""
+        self.cuda.note("elapsed", torch.device("cuda", self.cuda.current))
+        return (end.seconds - self.seconds) * 1000
 
 
 class FakeGraph:
