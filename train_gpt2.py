@@ -50,6 +50,7 @@ from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distribu
 from gptlib.sampling import sample_next
 from gptlib.step_log import StepLog, update_if_finite
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
+from gptlib.validation import validation_loss
 
 # -----------------------------------------------------------------------------
 # the model
@@ -508,14 +509,17 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
 
 
 @torch.no_grad()
-def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World()):
+def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(), loss_of=None):
     """Mean loss in nats per token over the first n_tokens predictions of a split.
 
-    It is the same for any number of processes; all of them have to call it.
+    It is the same for any number of processes; all of them have to call it. loss_of: the model's
+    mean loss of a batch (x, y), by default that of its forward pass.
     """
     model.eval()
+    loss_of = loss_of or validation_loss(model, device, batch_size, compile=False)
     n_tokens = min(n_tokens, loader.n_tokens - 1)  # nothing follows the last token of the split
-    total = torch.zeros(1, dtype=torch.float64)
+    # summed up on the GPU, so that the host does not wait for each batch
+    total = torch.zeros(1, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
     batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
                    desc="validation", leave=False, disable=None if world.rank == 0 else True)
@@ -523,8 +527,9 @@ def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(
         if n == 0:
             continue  # more ranks than rows: this one has no share
         with autocast:
-            _, loss = model(x.to(device), y.to(device), return_logits=False)
-        total += loss.item() * n
+            loss = loss_of(x.to(device), y.to(device))
+        total += loss.to(total.device).double() * n
+    total = total.cpu()
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / n_tokens
@@ -607,6 +612,7 @@ def train(cfg, checkpoint=None, world=World()):
     model = raw_model
     if cfg.compile:
         model = compile_model(raw_model, device, dynamic=False)
+    loss_of = validation_loss(raw_model, device, batch_size, compile=model is not raw_model)
     if world.size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -628,7 +634,7 @@ def train(cfg, checkpoint=None, world=World()):
             if due and step != val_step and not stop:
                 step_log.flush()
                 val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
-                                    autocast, world)
+                                    autocast, world, loss_of)
                 val_step = step
                 reporter.validation(step, val_loss)
                 if hellaswag:
