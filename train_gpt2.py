@@ -50,6 +50,7 @@ from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distribu
 from gptlib.sampling import sample_next
 from gptlib.step_log import StepLog, update_if_finite
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
+from gptlib.tuning import parse_tuning
 from gptlib.validation import validation_loss
 
 # -----------------------------------------------------------------------------
@@ -352,6 +353,7 @@ class TrainConfig:
                          "products); auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
+    tuning: str = setting("", "to try on GPUs, such as keep_gradients,bucket_mb=100; docs/speed.md")
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
     wandb: bool = setting(False, "log to Weights & Biases as well")
@@ -361,6 +363,7 @@ class TrainConfig:
         if self.min_lr is None:
             self.min_lr = self.max_lr / 10
         check_settings(self)
+        self.tuned = parse_tuning(self.tuning)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} does not divide by --n_head {self.n_head}: "
                             "make it a multiple")
@@ -481,7 +484,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     for i, (x, y, n) in enumerate(micro_batches):
         if 0 < i < n_common and interrupted():
             for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
@@ -503,7 +506,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
             group["lr"] = lr
     update_if_finite(optimizers, norm)
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
     scaler.update()
     return loss_sum, norm
 
@@ -611,11 +614,11 @@ def train(cfg, checkpoint=None, world=World()):
     # that it does not turn every other step into one of dynamic shapes.
     model = raw_model
     if cfg.compile:
-        model = compile_model(raw_model, device, dynamic=False)
+        model = compile_model(raw_model, device, dynamic=False, **cfg.tuned.compile_options())
     loss_of = validation_loss(raw_model, device, batch_size, compile=model is not raw_model)
     if world.size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        model = DDP(model, device_ids=device_ids, **cfg.tuned.ddp_options())
 
     facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
     print_run(facts, loader.n_tokens)
