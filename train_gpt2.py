@@ -42,6 +42,7 @@ from gptlib.dataset import list_shards
 from gptlib.huggingface import export_model
 from gptlib.loader import TokenLoader, prefetch
 from gptlib.lock import lock_directory
+from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
 from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
@@ -439,7 +440,7 @@ def parse_flags(argv=None):
 # the parts of a training step
 
 
-def configure_optimizers(model, cfg, device):
+def configure_optimizers(model, cfg, device, world=World()):
     """The optimizers of a run: AdamW, and with --optimizer muon also Muon for the hidden matrices.
 
     Tensors of two or more dimensions decay, biases and norms don't. Muon
@@ -458,8 +459,8 @@ def configure_optimizers(model, cfg, device):
     adamw = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon([hidden[name] for name in sorted(hidden)], lr=cfg.max_lr,
-                            weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([hidden[name] for name in sorted(hidden)], world, lr=cfg.max_lr,
+                weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -592,7 +593,7 @@ def train(cfg, checkpoint=None, world=World()):
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
     raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer))
-    optimizers = configure_optimizers(raw_model, cfg, device)
+    optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
 
     # where the run stands
