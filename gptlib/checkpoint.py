@@ -40,7 +40,7 @@ def save_checkpoint(log_dir, state, keep):
     atomic_write(path, lambda file: torch.save(state, file))
     try:
         update_latest(path)
-        for old in list_checkpoints(log_dir)[keep or None:]:
+        for old in list_checkpoints(log_dir)[keep:] if keep else []:
             old.unlink()
     except OSError as error:
         raise UserError(f"{path} is saved, but {error.filename}: {error.strerror}") from error
