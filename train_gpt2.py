@@ -359,6 +359,8 @@ class TrainConfig:
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such as "
                                "the GPUs of a host; 0: all", 0)
+    largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
+                                "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
     recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
@@ -592,7 +594,8 @@ def train(cfg, checkpoint=None, world=World()):
 
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
-    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer))
+    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer),
+                          directory=checkpoint and checkpoint.get("directory"))
     optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
 
@@ -625,7 +628,8 @@ def train(cfg, checkpoint=None, world=World()):
     print_run(facts, loader.n_tokens)
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
                         tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
-    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world)
+    as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
+    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     bad_steps = 0
     with reporter, saver, contextlib.closing(steps), StopSignal(world) as stop_signal:
         while True:
