@@ -29,8 +29,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from fineweb import prepare
 from gptlib import scoring
@@ -42,16 +40,18 @@ from gptlib.dataset import list_shards
 from gptlib.huggingface import export_model
 from gptlib.loader import TokenLoader, prefetch
 from gptlib.lock import lock_directory
+from gptlib.muon import Muon
+from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
 from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
-from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distributed, gather_rng,
-                            get_rng, nondeterministic_algorithms, prepare_device, resolve_device,
+from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
+                            nondeterministic_algorithms, prepare_device, resolve_device,
                             resolve_dtype, set_rng, skip_init, without_cudnn_attention)
 from gptlib.sampling import sample_next
 from gptlib.step_log import StepLog, update_if_finite
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 from gptlib.tuning import parse_tuning
-from gptlib.validation import validation_loss
+from gptlib.validation import evaluate, validation_loss
 
 # -----------------------------------------------------------------------------
 # the model
@@ -265,8 +265,12 @@ class GPT(nn.Module):
             config.dropout = dropout
         with skip_init():
             model = cls(config)
+        is_meta = model.lm_head.weight.is_meta  # without memory: the tensors become its weights
+        if is_meta:
+            state = {k: v.float().contiguous() for k, v in state.items()}
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(state, assign=is_meta)
+            model.transformer.wte.weight = model.lm_head.weight
         except RuntimeError as e:
             reason = str(e).splitlines()[1].strip()[:200]
             raise UserError(f"the checkpoint's weights do not fit its config: {reason}") from e
@@ -353,6 +357,13 @@ class TrainConfig:
                          "products); auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
+    shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
+    shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
+                               "as the GPUs of a host; 0: all", 0)
+    largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
+                                "directory, by all processes", 0)
+    recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
+    recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
     tuning: str = setting("", "to try on GPUs, such as keep_gradients,bucket_mb=100; docs/speed.md")
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
@@ -434,7 +445,7 @@ def parse_flags(argv=None):
 # the parts of a training step
 
 
-def configure_optimizers(model, cfg, device):
+def configure_optimizers(model, cfg, device, world=World()):
     """The optimizers of a run: AdamW, and with --optimizer muon also Muon for the hidden matrices.
 
     Tensors of two or more dimensions decay, biases and norms don't. Muon
@@ -453,8 +464,8 @@ def configure_optimizers(model, cfg, device):
     adamw = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon([hidden[name] for name in sorted(hidden)], lr=cfg.max_lr,
-                            weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([hidden[name] for name in sorted(hidden)], world, lr=cfg.max_lr,
+                weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -488,8 +499,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
-        if world.size > 1:
-            model.require_backward_grad_sync = i == len(micro_batches) - 1
+        set_gradient_sync(model, i == len(micro_batches) - 1)
         with autocast:
             _, loss = model(x, y, return_logits=False)
         # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch
@@ -499,8 +509,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
         scaler.scale(loss * world.size).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    max_norm = cfg.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = clip_gradients(model, cfg.grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -511,35 +520,11 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     return loss_sum, norm
 
 
-@torch.no_grad()
-def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(), loss_of=None):
-    """Mean loss in nats per token over the first n_tokens predictions of a split.
+def sample(model, cfg, tokenizer, device, autocast, dtype, rank=0):
+    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights.
 
-    It is the same for any number of processes; all of them have to call it. loss_of: the model's
-    mean loss of a batch (x, y), by default that of its forward pass.
+    Rank 0 draws them; the others have to call it too, and get none.
     """
-    model.eval()
-    loss_of = loss_of or validation_loss(model, device, batch_size, compile=False)
-    n_tokens = min(n_tokens, loader.n_tokens - 1)  # nothing follows the last token of the split
-    # summed up on the GPU, so that the host does not wait for each batch
-    total = torch.zeros(1, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
-    batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
-                   desc="validation", leave=False, disable=None if world.rank == 0 else True)
-    for x, y, n in batches:
-        if n == 0:
-            continue  # more ranks than rows: this one has no share
-        with autocast:
-            loss = loss_of(x.to(device), y.to(device))
-        total += loss.to(total.device).double() * n
-    total = total.cpu()
-    if world.size > 1:
-        dist.all_reduce(total)
-    return total.item() / n_tokens
-
-
-def sample(model, cfg, tokenizer, device, autocast, dtype):
-    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights."""
     if not cfg.num_samples:
         return []
     model.eval()
@@ -548,6 +533,8 @@ def sample(model, cfg, tokenizer, device, autocast, dtype):
     # a generator of its own: sampling must not change what training draws
     generator = torch.Generator(device).manual_seed(42)
     with autocast, nondeterministic_algorithms(), without_cudnn_attention(device):
+        if rank > 0:
+            return []
         idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab,
                        cfg.sample_temperature, top_k=50, generator=generator, dtype=dtype)
     return [tokenizer.decode(row) for row in idx.tolist()]
@@ -573,7 +560,9 @@ def train(cfg, checkpoint=None, world=World()):
     # device and precision
     device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
     dtype = resolve_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # sharded weights are cast where they are used: the cache would keep whole copies of them
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
+                              cache_enabled=not cfg.shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     prepare_device(device, cfg.deterministic)
 
@@ -586,8 +575,9 @@ def train(cfg, checkpoint=None, world=World()):
 
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
-    raw_model = create_model(cfg, checkpoint, tokenizer).to(device)
-    optimizers = configure_optimizers(raw_model, cfg, device)
+    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer),
+                          directory=checkpoint and checkpoint.get("directory"))
+    optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
 
     # where the run stands
@@ -606,25 +596,22 @@ def train(cfg, checkpoint=None, world=World()):
     batch_size = cfg.batch_size or find_batch_size(
         raw_model, cfg.block_size, cfg.total_batch_size, device, autocast, world)
     positions = itertools.count(position, cfg.total_batch_size)
-    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab)
+    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
+                                      even=cfg.shard)
                       for p in positions), device)
 
     # The compiled, distributed model trains. The raw model shares its weights, and is evaluated,
-    # sampled from and saved. A short last micro-batch gets a graph of its own (dynamic=False), so
-    # that it does not turn every other step into one of dynamic shapes.
-    model = raw_model
-    if cfg.compile:
-        model = compile_model(raw_model, device, dynamic=False, **cfg.tuned.compile_options())
-    loss_of = validation_loss(raw_model, device, batch_size, compile=model is not raw_model)
-    if world.size > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, **cfg.tuned.ddp_options())
+    # sampled from and saved.
+    model = train_with(raw_model, cfg, device, world)
+    evaluation = Evaluation(raw_model, autocast, world)
+    loss_of = validation_loss(raw_model, device, batch_size, cfg.compile and not cfg.shard)
 
     facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
     print_run(facts, loader.n_tokens)
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
                         tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
-    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints)
+    as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
+    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
           StopSignal(world) as stop_signal):
         while True:
@@ -637,14 +624,15 @@ def train(cfg, checkpoint=None, world=World()):
             if due and step != val_step and not stop:
                 step_log.flush()
                 val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
-                                    autocast, world, loss_of)
+                                    evaluation, world, loss_of)
                 val_step = step
                 reporter.validation(step, val_loss)
                 if hellaswag:
                     reporter.hellaswag(step, scoring.evaluate(
-                        raw_model, hellaswag, tokenizer, autocast, world.rank, world.size))
-                if world.rank == 0 and step > 0:
-                    reporter.samples(sample(raw_model, cfg, tokenizer, device, autocast, dtype))
+                        raw_model, hellaswag, tokenizer, evaluation, world.rank, world.size))
+                if step > 0:
+                    reporter.samples(sample(raw_model, cfg, tokenizer, device, evaluation, dtype,
+                                            world.rank))
                 reporter.draw()
 
             # once in a while write a checkpoint
@@ -652,14 +640,13 @@ def train(cfg, checkpoint=None, world=World()):
             if due and step > start_step:
                 step_log.flush()
                 rng = gather_rng(device, world)
-                if world.rank == 0:
-                    saver.save(dict(
-                        version=CHECKPOINT_VERSION, model=raw_model.state_dict(),
-                        config=asdict(raw_model.config),
-                        optimizer=[optimizer.state_dict() for optimizer in optimizers],
-                        scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
-                        tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
-                        val_loss=val_loss, val_step=val_step), wait=last_step or stop)
+                saver.save(dict(
+                    version=CHECKPOINT_VERSION, model=raw_model.state_dict(keep_vars=True),
+                    config=asdict(raw_model.config),
+                    optimizer=[optimizer.state_dict() for optimizer in optimizers],
+                    scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
+                    tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
+                    val_loss=val_loss, val_step=val_step), wait=last_step or stop)
             if last_step or stop:
                 break
 

@@ -7,6 +7,7 @@ import time
 import torch
 
 from gptlib.common import UserError
+from gptlib.muon import local
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
 
@@ -53,11 +54,14 @@ def step_or_undo(optimizer, is_finite):
 
 
 def tensors_of(optimizer):
-    """The weights of an optimizer that have a gradient, then the tensors of their state."""
+    """The weights of an optimizer that have a gradient, then the tensors of their state; of sharded
+    ones this rank's rows.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     params = [p for p in params if p.grad is not None]
     state = [value for p in params for value in optimizer.state.get(p, {}).values()]
-    return params + [value for value in state if isinstance(value, torch.Tensor)]
+    state = [value for value in state if isinstance(value, torch.Tensor)]
+    return [local(tensor) for tensor in params + state]
 
 
 # -----------------------------------------------------------------------------

@@ -1,11 +1,42 @@
-"""The loss of a validation batch on a GPU: compiled, and without float32 logits of the batch."""
+"""The validation loss; on a GPU compiled, and without float32 logits of a whole batch."""
+
+import math
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from gptlib.runtime import compile_model
+from gptlib.runtime import World, compile_model
 
 HEAD_ROWS = 8192  # rows of logits at a time: 1.6 GB in float32 for GPT-2's vocabulary
+
+
+@torch.no_grad()
+def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(), loss_of=None):
+    """Mean loss in nats per token over the first n_tokens predictions of a split.
+
+    It is the same for any number of processes; all of them have to call it. loss_of: the model's
+    mean loss of a batch (x, y), by default that of its forward pass.
+    """
+    model.eval()
+    loss_of = loss_of or validation_loss(model, device, batch_size, compile=False)
+    n_tokens = min(n_tokens, loader.n_tokens - 1)  # nothing follows the last token of the split
+    # summed up on the GPU, so that the host does not wait for each batch
+    total = torch.zeros(1, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
+    batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
+                   desc="validation", leave=False, disable=None if world.rank == 0 else True)
+    with autocast:
+        for x, y, n in batches:
+            if n == 0:
+                continue  # more ranks than rows: this one has no share
+            loss = loss_of(x.to(device), y.to(device))
+            total += loss.to(total.device).double() * n
+    total = total.cpu()
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / n_tokens
 
 
 def chunked_loss(model, idx, targets, head_rows):

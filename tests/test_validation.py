@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt2
 from gptlib import validation
 from gptlib.loader import TokenLoader
-from gptlib.validation import chunked_loss, validation_loss
-from train_gpt2 import GPT, GPTConfig, evaluate
+from gptlib.validation import chunked_loss, evaluate, validation_loss
+from train_gpt2 import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
