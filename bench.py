@@ -35,6 +35,7 @@ from benches.floors import bench_floors
 from benches.gpu import bench_gpu
 from benches.growth import bench_growth
 from benches.hellaswag import bench_hellaswag
+from benches.learning import SIZES, bench_learning
 from benches.peers import peer_classes
 from benches.processes import bench_processes
 from benches.serving import bench_serve
@@ -50,12 +51,13 @@ from train_gpt2 import PRESETS
 BENCHES = dict(floors=bench_floors, train=bench_train, decode=bench_decode, serve=bench_serve,
                tokenize=bench_tokenize, hellaswag=bench_hellaswag, checkpoint=bench_checkpoint,
                start=bench_start, growth=bench_growth, processes=bench_processes)
+ALONE = dict(gpu=bench_gpu, learning=bench_learning)  # too long for `all`
 
 
 def make_parser():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("what", choices=(*BENCHES, "gpu", "all"), help="all: everything but gpu")
+    add("what", choices=(*BENCHES, *ALONE, "all"), help="all: everything but gpu and learning")
     add("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -81,19 +83,25 @@ def make_parser():
     add("--examples", type=int,
         help="HellaSwag examples per turn (default: 32, of gpu all of them)")
     add("--folder", default=".", help="checkpoint: where to write (default: the current folder)")
-    add("--out", default="", help="gpu: the folder for gpu.json and gpu.md")
+    add("--out", default="",
+        help="gpu: the folder for gpu.json and gpu.md; learning: the folder of its runs")
     add("--presets", nargs="+", choices=tuple(PRESETS), metavar="PRESET",
         default=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
         help="gpu: the models to train; the first is decoded, scored and saved too "
              "(default: the four sizes of GPT-2)")
     add("--picture", default="growth.png", help="growth: where to draw it (default: growth.png)")
+    add("--data_root", default="", help="learning: a dataset, as fineweb.py writes it")
+    add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
+    add("--steps", type=int, default=2000,
+        help="learning: AdamW's steps of 2,048 tokens (default: 2000)")
+    add("--jobs", type=int, default=1, help="learning: runs at the same time (default: 1)")
     return parser
 
 
 def run_benches(args):
     """The results of one bench, or of all of them, without those for which something is missing."""
     if args.what != "all":
-        bench = bench_gpu if args.what == "gpu" else BENCHES[args.what]
+        bench = {**BENCHES, **ALONE}[args.what]
         try:
             return {args.what: bench(args)}
         except ImportError as e:
