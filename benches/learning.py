@@ -31,7 +31,7 @@ SIZES = {
                            muon=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))),
 }
 COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
-              lr_schedule="linear", compile=False, val_tokens=131072, hellaswag_examples=0,
+              lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
               num_samples=0, log_interval=100, keep_checkpoints=1)
 FRACTIONS = (0.5, 0.65, 1.0)  # of AdamW's tokens, for Muon
 
@@ -39,8 +39,8 @@ FRACTIONS = (0.5, 0.65, 1.0)  # of AdamW's tokens, for Muon
 def run_settings(size, optimizer, rate, steps, seed, **changes):
     """The flags of one run of train_gpt2.py, as a dict."""
     return {**COMMON, **SIZES[size]["model"], "optimizer": optimizer, "max_lr": rate, "seed": seed,
-            "max_steps": steps, "warmup_steps": steps // 20, "eval_interval": max(1, steps // 8),
-            "checkpoint_interval": max(1, steps // 8), **changes}
+            "max_steps": steps, "warmup_steps": steps // 20, "eval_interval": max(1, steps // 4),
+            "checkpoint_interval": max(1, steps // 4), **changes}
 
 
 def run_name(size, settings):
