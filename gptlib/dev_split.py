@@ -6,6 +6,7 @@ what comes before the dev split, is evaluated on it, and never opens the val spl
 
 import numpy as np
 
+from gptlib.common import UserError
 from gptlib.loader import TokenLoader
 from gptlib.report import tokens_per_byte
 from gptlib.tokenizer import load_tokenizer
@@ -38,17 +39,22 @@ def open_splits(cfg):
     """Open the tokens that a run trains on, and those that it is evaluated on.
 
     Returns (loader of the first, loader of the second, tokens for each byte of text in the second,
-    or None where that is not known). cfg: a TrainConfig.
+    or None where that is not known). cfg: a TrainConfig. Raises UserError where a tenth of the
+    training text is too little.
     """
     train = TokenLoader(cfg.data_root, "train", cfg.block_size, cfg.seed, cfg.shuffle)
     if not cfg.dev:
         val = TokenLoader(cfg.data_root, "val", cfg.block_size)
         return train, val, tokens_per_byte(cfg.data_root, "val")
     end = train.n_tokens
-    begin = end - max(2, min(end // 10, MAX_DEV_TOKENS))
+    begin = end - min(end // 10, MAX_DEV_TOKENS)
+    if end - begin < 2:
+        raise UserError(f"--dev holds out a tenth of the training text, but {cfg.data_root!r} has "
+                        f"{end} training tokens: too few")
     train = PartLoader(cfg.data_root, "train", cfg.block_size, 0, begin, cfg.seed, cfg.shuffle)
     dev = PartLoader(cfg.data_root, "train", cfg.block_size, begin, end)
-    return train, dev, dev.n_tokens / count_bytes(dev, load_tokenizer(cfg.data_root))
+    n_bytes = count_bytes(dev, load_tokenizer(cfg.data_root))
+    return train, dev, dev.n_tokens / n_bytes if n_bytes else None
 
 
 def count_bytes(loader, tokenizer):
