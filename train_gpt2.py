@@ -607,7 +607,8 @@ def train(cfg, checkpoint=None, world=World()):
                     reporter.hellaswag(step, scoring.evaluate(
                         raw_model, hellaswag, tokenizer, autocast, world.rank, world.size))
                 if world.rank == 0 and step > 0:
-                    reporter.samples(sample(raw_model, cfg, tokenizer, device, autocast, dtype))
+                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, autocast,
+                                                  dtype))
                 reporter.draw()
 
             # once in a while write a checkpoint
