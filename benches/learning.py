@@ -20,6 +20,7 @@ from gptlib.common import UserError, atomic_write, log
 
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
+MAX_RATES = 8
 # The models, with the five rates of each optimizer. Those of the larger model are around the best
 # rates of the smaller one, divided by the ratio of their widths (2).
 SIZES = {
@@ -116,10 +117,12 @@ def tokens_to_loss(points, loss):
     """
     points = sorted(points)
     for (t0, l0), (t1, l1) in zip(points, points[1:], strict=False):
-        if l1 <= loss <= l0:
+        if l0 == loss:
+            return t0
+        if l1 <= loss < l0:
             share = (l0 - loss) / (l0 - l1)
             return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))
-    return None
+    return points[-1][0] if points[-1][1] == loss else None
 
 
 class Experiment:
@@ -138,25 +141,27 @@ class Experiment:
             result = run_training(self.out, self.size, settings)
             log(f"  {result['name']}: {result['loss']:.4f}")
             return result
-        with ThreadPoolExecutor(self.jobs) as threads:
+        threads = ThreadPoolExecutor(self.jobs)
+        try:
             results = list(threads.map(one, wanted))
+        finally:  # after a failure the runs that have not begun are left out
+            threads.shutdown(cancel_futures=True)
         self.runs += results
         return results
 
     def sweep(self, optimizer):
-        """The best rate on the dev split; beyond an end of the grid as long as that is best."""
+        """The best rate on the dev split; beyond an end of the grid, three times at most, as long
+        as the best is there.
+        """
         rates = list(SIZES[self.size]["rates"][optimizer])
         tried = []
         while True:
             new = [rate for rate in rates if rate not in [t["settings"]["max_lr"] for t in tried]]
             tried += self.run([(optimizer, rate, self.steps, 0, dict(dev=True)) for rate in new])
             best = best_rate(tried)
-            if best == min(rates):
-                rates.append(best / 2)
-            elif best == max(rates):
-                rates.append(best * 2)
-            else:
+            if len(rates) == MAX_RATES or min(rates) < best < max(rates):
                 return best
+            rates.append(best / 2 if best == min(rates) else best * 2)
 
     def compare(self, best):
         """AdamW, and Muon at several numbers of tokens, with three seeds; returns a dict."""
@@ -188,11 +193,76 @@ def bench_learning(args):
         save(args, experiment, dict(result, rates=best))
     result.update(experiment.compare(best))
     save(args, experiment, result)
+    if result["ratio"]:
+        log(f"  Muon comes to AdamW's final loss of {result['adamw_loss']:.4f} with "
+            f"{result['ratio']:.2f} of its tokens")
     return result
 
 
 def save(args, experiment, result):
-    """Write FOLDER/learning_SIZE.json with all that is known so far."""
-    text = json.dumps(dict(result, runs=experiment.runs), indent=1)
+    """Write FOLDER/learning_SIZE.json with all that is known so far, and draw learning_SIZE.png."""
+    result = dict(result, runs=experiment.runs)
+    text = json.dumps(result, indent=1)
     path = Path(args.out) / f"learning_{args.size}.json"
     atomic_write(path, lambda f: f.write(text.encode()))
+    draw_learning(result, path.with_suffix(".png"))
+
+
+# -----------------------------------------------------------------------------
+# the picture
+
+COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
+
+
+def draw_learning(result, path):
+    """Draw the sweep of rates, the loss over the tokens, and the final losses of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    draw_sweep(axes[0], [run for run in result["runs"] if run["settings"].get("dev")])
+    compared = [run for run in result["runs"] if not run["settings"].get("dev")]
+    draw_curves(axes[1], compared)
+    draw_final_losses(axes[2], compared, result.get("adamw_loss"))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    figure.suptitle(f"{result['size']} parameters, {result['steps']:,} steps of 2,048 tokens")
+    figure.tight_layout()
+    atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=110))
+    plt.close(figure)
+
+
+def draw_sweep(ax, runs):
+    for optimizer in OPTIMIZERS:
+        points = sorted((run["settings"]["max_lr"], run["loss"]) for run in runs
+                        if run["settings"]["optimizer"] == optimizer and run["loss"] is not None)
+        if points:
+            ax.plot(*zip(*points, strict=True), marker="o", color=COLORS[optimizer],
+                    label=optimizer)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="final loss on the dev split",
+           title="Choosing the rate")
+
+
+def draw_curves(ax, runs):
+    """The first seed's curve of each optimizer and length of run, without the first tenth."""
+    for run in runs:
+        if run["settings"]["seed"] != SEEDS[0]:
+            continue
+        optimizer = run["settings"]["optimizer"]
+        curve = [point for point in run["curve"] if point[0] >= run["tokens"] / 10]
+        ax.plot(*zip(*curve, strict=True), marker=".", color=COLORS[optimizer],
+                label=f"{optimizer}, {run['tokens'] / 1e6:.2f}M tokens")
+    ax.set(xlabel="tokens", ylabel="validation loss", title="One seed, over the run")
+
+
+def draw_final_losses(ax, runs, target):
+    for optimizer in OPTIMIZERS:
+        points = [(run["tokens"], run["loss"]) for run in runs
+                  if run["settings"]["optimizer"] == optimizer]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o", color=COLORS[optimizer], label=optimizer)
+    if target:
+        ax.axhline(target, color=COLORS["adamw"], ls="--", lw=1)
+    ax.set(xlabel="tokens of the run", ylabel="final validation loss", title="Every seed")

@@ -142,7 +142,7 @@ def time_table(records, train, facts):
                      f"{statistics.median(rates):,.0f} tokens a second"])
         mfu = [r["mfu"] for r in train if r.get("mfu") is not None]
         rows.append(["model FLOPs utilization (MFU), median",
-                     f"{statistics.median(mfu):.1%}" if mfu else "unknown: no peak for this device"])
+                     f"{statistics.median(mfu):.1%}" if mfu else "unknown for this device"])
         memory = [r["memory_mib"] for r in train if r.get("memory_mib") is not None]
         if memory:
             rows.append(["GPU memory at most", f"{max(memory):,.0f} MiB"])
