@@ -20,6 +20,11 @@ $ python bench.py processes
 The first ten minutes on a GPU, with a table for the README; a part that fails does not end it:
 $ python bench.py gpu --out FOLDER
 
+How much a token teaches, Muon beside AdamW (docs/learning.md; hours, it continues where it stopped):
+$ python bench.py learning --data_root DATASET --out FOLDER
+How many of a model's samples are Python:
+$ python bench.py samples --checkpoint_path log/latest_checkpoint.pt
+
 A peer is a checkout: git clone https://github.com/karpathy/build-nanogpt, or .../nanoGPT.
 transformers is a peer where it is installed. Tables go to stderr while it runs, one JSON object to
 the last line of stdout. What was tried and what it brought: docs/speed.md.
@@ -35,8 +40,10 @@ from benches.floors import bench_floors
 from benches.gpu import bench_gpu
 from benches.growth import bench_growth
 from benches.hellaswag import bench_hellaswag
+from benches.learning import SIZES, bench_learning
 from benches.peers import peer_classes
 from benches.processes import bench_processes
+from benches.samples import bench_samples
 from benches.serving import bench_serve
 from benches.start import bench_start
 from benches.tokenizing import bench_tokenize
@@ -50,12 +57,14 @@ from train_gpt2 import PRESETS
 BENCHES = dict(floors=bench_floors, train=bench_train, decode=bench_decode, serve=bench_serve,
                tokenize=bench_tokenize, hellaswag=bench_hellaswag, checkpoint=bench_checkpoint,
                start=bench_start, growth=bench_growth, processes=bench_processes)
+# not part of `all`: they need a folder, a dataset or a checkpoint, and some of them hours
+ALONE = dict(gpu=bench_gpu, learning=bench_learning, samples=bench_samples)
 
 
 def make_parser():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("what", choices=(*BENCHES, "gpu", "all"), help="all: everything but gpu")
+    add("what", choices=(*BENCHES, *ALONE, "all"), help="all: everything but gpu, learning and samples")
     add("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -81,19 +90,29 @@ def make_parser():
     add("--examples", type=int,
         help="HellaSwag examples per turn (default: 32, of gpu all of them)")
     add("--folder", default=".", help="checkpoint: where to write (default: the current folder)")
-    add("--out", default="", help="gpu: the folder for gpu.json and gpu.md")
+    add("--out", default="",
+        help="gpu: the folder for gpu.json and gpu.md; learning: the folder of its runs")
     add("--presets", nargs="+", choices=tuple(PRESETS), metavar="PRESET",
         default=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
         help="gpu: the models to train; the first is decoded, scored and saved too "
              "(default: the four sizes of GPT-2)")
     add("--picture", default="growth.png", help="growth: where to draw it (default: growth.png)")
+    add("--data_root", default="", help="learning: a dataset, as fineweb.py writes it")
+    add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
+    add("--steps", type=int, default=2000,
+        help="learning: AdamW's steps of 2,048 tokens (default: 2000)")
+    add("--checkpoint_path", default="", help="samples: the model, a checkpoint of the demo")
+    add("--prompt", default="",
+        help="samples: what they continue (default: the prompt of the run's own samples)")
+    add("--num_samples", type=int, default=100, help="samples: how many (default: 100)")
+    add("--jobs", type=int, default=1, help="learning: runs at the same time (default: 1)")
     return parser
 
 
 def run_benches(args):
     """The results of one bench, or of all of them, without those for which something is missing."""
     if args.what != "all":
-        bench = bench_gpu if args.what == "gpu" else BENCHES[args.what]
+        bench = {**BENCHES, **ALONE}[args.what]
         try:
             return {args.what: bench(args)}
         except ImportError as e:

@@ -37,12 +37,14 @@ from gptlib.checkpoint import CHECKPOINT_VERSION, load_checkpoint, load_initial_
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.dataset import list_shards
+from gptlib.dev_split import open_splits
 from gptlib.huggingface import export_model
-from gptlib.loader import TokenLoader, prefetch
+from gptlib.loader import prefetch
 from gptlib.lock import lock_directory
 from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
-from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
+from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS
+from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
                             nondeterministic_algorithms, prepare_device, resolve_device,
@@ -326,6 +328,7 @@ class TrainConfig:
     block_size: int = setting(1024, "tokens of context", 1)
     dropout: float = setting(0.0, "dropout probability", 0.0, 0.99)
     data_root: str = setting("edu_fineweb10B", "dataset directory, as fineweb.py writes it")
+    dev: bool = setting(False, "hold the end of the training text out, and evaluate on it")
     shuffle: bool = setting(False, "permute the windows in the first epoch too, as in later ones")
     total_batch_size: int = setting(524288, "tokens per step, over all processes", 1)
     batch_size: int = setting(64, "sequences per micro-batch and process; 0: all that fit", 0)
@@ -333,6 +336,8 @@ class TrainConfig:
     warmup_steps: int = setting(715, "steps of linear warm-up, capped at max_steps", 0)
     max_lr: float = setting(6e-4, "learning rate after the warm-up", 0.0)
     min_lr: float = setting(None, "learning rate at the end (default: max_lr / 10)", 0.0)
+    lr_schedule: str = setting("cosine", "how the rate falls: cosine, linear, or wsd: in the last "
+                               "fifth only", choices=("cosine", "linear", "wsd"))
     optimizer: str = setting("adamw", "adamw, or muon for hidden matrices and AdamW for the rest",
                              choices=("adamw", "muon"))
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
@@ -390,43 +395,6 @@ class TrainConfig:
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
 
 
-def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
-    """Settings of a model size, for 10B tokens and GPT-3's warm-up of 375M tokens."""
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_lr=max_lr, block_size=block_size,
-                total_batch_size=total_batch_size, batch_size=batch_size,
-                max_steps=10 * 10**9 // total_batch_size,
-                warmup_steps=375 * 10**6 // total_batch_size)
-
-
-DEMO_VOCAB_SIZE = 2048
-
-PRESETS = {
-    # Two to three minutes on two CPU cores, chosen by experiment (see the README). It is not
-    # compiled: that would take longer than it saves.
-    "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data",
-                 shuffle=True, total_batch_size=2048, batch_size=16, max_steps=1000,
-                 warmup_steps=50, max_lr=8e-3, min_lr=0.0, optimizer="muon", compile=False,
-                 eval_interval=250, val_tokens=131072, hellaswag_examples=0, num_samples=2,
-                 sample_prompt="def", sample_length=128, sample_temperature=0.8, log_interval=50,
-                 checkpoint_interval=250, keep_checkpoints=2),
-    # The four sizes of GPT-2. Its paper has no learning rates: these are GPT-3's, nearest in size.
-    "gpt2": model_preset(12, 12, 768, 6e-4, 2**19, 64),
-    "gpt2-medium": model_preset(24, 16, 1024, 3e-4, 2**19, 32),
-    "gpt2-large": model_preset(36, 20, 1280, 2.5e-4, 2**19, 16),
-    "gpt2-xl": model_preset(48, 25, 1600, 2e-4, 2**20, 8),
-    # GPT-3, table 2.1 of arXiv:2005.14165. Two of its rows don't multiply out: XL has 24 heads of
-    # 128 for a width of 2048 (here 16 heads), 13B a width of 5140 for 40 heads of 128 (here 5120).
-    "gpt3-small": model_preset(12, 12, 768, 6e-4, 2**19, 32, 2048),
-    "gpt3-medium": model_preset(24, 16, 1024, 3e-4, 2**19, 16, 2048),
-    "gpt3-large": model_preset(24, 16, 1536, 2.5e-4, 2**19, 8, 2048),
-    "gpt3-xl": model_preset(24, 16, 2048, 2e-4, 2**20, 8, 2048),
-    "gpt3-2.7b": model_preset(32, 32, 2560, 1.6e-4, 2**20, 4, 2048),
-    "gpt3-6.7b": model_preset(32, 32, 4096, 1.2e-4, 2**21, 2, 2048),
-    "gpt3-13b": model_preset(40, 40, 5120, 1e-4, 2**21, 1, 2048),
-    "gpt3-175b": model_preset(96, 96, 12288, 6e-5, 3 * 2**20, 1, 2048),
-}
-
-
 def parse_flags(argv=None):
     """The flags that were given, over those of the preset, as {name: value}.
 
@@ -470,12 +438,19 @@ def configure_optimizers(model, cfg, device, world=World()):
 
 
 def get_lr(step, cfg):
-    """The learning rate of a step: linear warm-up to max_lr, then a cosine down to min_lr."""
+    """The learning rate of a step: linear warm-up to max_lr, then down to min_lr.
+
+    By a cosine, or in a straight line (arXiv:2502.15938), or "wsd": constant, then a line over the
+    last fifth of the run (warm-up, stable, decay: arXiv:2405.18392).
+    """
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     decay_steps = max(cfg.max_steps - cfg.warmup_steps, 1)
     ratio = min((step - cfg.warmup_steps) / decay_steps, 1.0)
-    coeff = 0.5 * (1.0 + math.cos(math.pi * ratio))  # from 1 to 0
+    if cfg.lr_schedule == "cosine":
+        coeff = 0.5 * (1.0 + math.cos(math.pi * ratio))  # from 1 to 0
+    else:
+        coeff = min((1.0 - ratio) / (0.2 if cfg.lr_schedule == "wsd" else 1.0), 1.0)
     return cfg.min_lr + coeff * (cfg.max_lr - cfg.min_lr)
 
 
@@ -568,8 +543,7 @@ def train(cfg, checkpoint=None, world=World()):
 
     # data
     tokenizer = load_tokenizer(cfg.data_root)
-    loader = TokenLoader(cfg.data_root, "train", cfg.block_size, cfg.seed, cfg.shuffle)
-    val_loader = TokenLoader(cfg.data_root, "val", cfg.block_size)
+    loader, val_loader, val_tokens_per_byte = open_splits(cfg)
     hellaswag = scoring.load_for_training(cfg.hellaswag_data, cfg.hellaswag_examples, tokenizer,
                                           cfg.block_size, world)
 
@@ -609,7 +583,7 @@ def train(cfg, checkpoint=None, world=World()):
     facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
     print_run(facts, loader.n_tokens)
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
-                        tokens_per_byte(cfg.data_root, "val"), tokenizer.name == "gpt2")
+                        val_tokens_per_byte, tokenizer.name == "gpt2")
     as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
@@ -631,8 +605,8 @@ def train(cfg, checkpoint=None, world=World()):
                     reporter.hellaswag(step, scoring.evaluate(
                         raw_model, hellaswag, tokenizer, evaluation, world.rank, world.size))
                 if step > 0:
-                    reporter.samples(sample(raw_model, cfg, tokenizer, device, evaluation, dtype,
-                                            world.rank))
+                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, evaluation,
+                                                  dtype, world.rank))
                 reporter.draw()
 
             # once in a while write a checkpoint

@@ -1,8 +1,13 @@
 """What a run tells on the way: lines on the console and records in its log, on rank 0 alone."""
 
 import math
+import os
+import platform
+import shlex
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -10,6 +15,7 @@ from tqdm import tqdm
 from gptlib.common import print0
 from gptlib.dataset import read_meta
 from gptlib.run_log import RunLog
+from gptlib.run_report import duration
 from gptlib.runtime import device_name, git_commit, peak_flops
 
 
@@ -27,7 +33,9 @@ class Reporter:
         self.cfg, self.device, self.world = cfg, device, world
         self.flops_per_token, self.peak = model.flops_per_token(), peak_flops(device)
         self.tokens_per_byte, self.gpt2_tokens = tokens_per_byte, gpt2_tokens
+        self.began, self.first_step = time.perf_counter(), None
         is_master = world.rank == 0
+        facts = {**facts, "gpt2_tokens": gpt2_tokens}
         self.log = RunLog(cfg, resumed_at, facts) if is_master else None
         self.bar = tqdm(total=cfg.max_steps, initial=resumed_at or 0, desc="training", unit="step",
                         dynamic_ncols=True, disable=None if is_master else True)
@@ -42,7 +50,8 @@ class Reporter:
 
     def _write(self, step, kind, **values):
         if self.log:
-            self.log.write(step, kind, **values)
+            elapsed = time.perf_counter() - self.began
+            self.log.write(step, kind, **values, elapsed=round(elapsed, 2))
 
     def validation(self, step, loss):
         """Report a validation loss in nats per token; also in bits per byte, where the bytes are
@@ -61,14 +70,17 @@ class Reporter:
         print0(f"step {step:5d} | HellaSwag accuracy: {scores['acc_norm']:.4f} on {n} examples")
         self._write(step, "hella", acc_norm=scores["acc_norm"], acc=scores["acc"])
 
-    def samples(self, texts):
+    def samples(self, step, texts):
         for text in texts:
             print0(f"sample: {text}")
+        if self.log and texts:
+            self.log.note(step, "samples", texts=texts)
 
     def draw(self):
-        """Redraw log.png."""
+        """Redraw log.png and report.md."""
         if self.log:
             self.log.draw(gpt2_tokens=self.gpt2_tokens)
+            self.log.write_report()
 
     def step(self, step, loss, lr, norm, seconds):
         """Report a step of the optimization that took so many seconds."""
@@ -81,14 +93,32 @@ class Reporter:
         if step % self.cfg.log_interval == 0:
             line = (f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                     f"dt: {seconds * 1000:.2f}ms | tok/sec: {tokens_per_second:.2f}")
-            print0(line + (f" | mfu: {mfu:.2%}" if mfu else ""))
+            line += f" | mfu: {mfu:.2%}" if mfu else ""
+            print0(line + self._time_left(step))
         self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
                     tokens_per_second=tokens_per_second, mfu=mfu,
                     memory_mib=peak_gpu_memory(self.device))
         self.bar.update()
 
+    def _time_left(self, step):
+        """What a console line says of the time to the end, from what steps took so far.
+
+        Evaluations between the steps count. The first step does not: it compiles.
+        """
+        now = time.perf_counter()
+        if self.first_step is None:
+            self.first_step = step, now
+        first, began = self.first_step
+        left = self.cfg.max_steps - step - 1
+        if step == first or left == 0:
+            return ""
+        return f" | {duration((now - began) / (step - first) * left)} left"
+
     def end(self, step, position, val_loss):
         """Report where a run has ended: `position` is in tokens."""
+        if self.log:
+            self.log.note(step, "end", elapsed=round(time.perf_counter() - self.began, 2))
+            self.log.write_report()
         if step < self.cfg.max_steps:
             print0(f"stopped after {step} of {self.cfg.max_steps} steps; --auto_resume goes on")
             return
@@ -102,7 +132,43 @@ def describe_run(cfg, model, device, dtype, world, batch_size):
         config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()),
         git_commit=git_commit(), torch=torch.__version__, device=device_name(device),
         dtype=str(dtype), world_size=world.size, batch_size=batch_size,
-        vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=describe_command(), machine=describe_machine(), data=describe_data(cfg.data_root))
+
+
+def describe_command():
+    """The command line of this run, as one would type it again, torchrun included."""
+    environment = os.environ
+    command = "python"
+    if "RANK" in environment:
+        hosts = environment.get("GROUP_WORLD_SIZE", "1")
+        command = "torchrun --standalone" if hosts == "1" else f"torchrun --nnodes={hosts}"
+        command += f" --nproc_per_node={environment.get('LOCAL_WORLD_SIZE', '1')}"
+    return f"{command} {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+
+
+def describe_machine():
+    """Processor and system, such as "AMD EPYC, 2 cores, Linux x86_64"."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = found[0].split(":", 1)[1].strip() if found else name
+    system = f"{platform.system()} {platform.machine()}"
+    return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", system]))
+
+
+def describe_data(data_root):
+    """The dataset in one line: where it is, its source and size."""
+    meta = read_meta(data_root)
+    parts = [str(data_root)]
+    if "source" in meta:
+        parts.append(meta["source"])
+    if "tokens" in meta:
+        parts.append(f"{meta['tokens']['train']:,} training tokens")
+    if "tokenizer" in meta:
+        parts.append(f"tokenizer {meta['tokenizer']}")
+    return ", ".join(parts)
 
 
 def print_run(facts, n_tokens):

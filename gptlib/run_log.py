@@ -1,6 +1,7 @@
-"""What a run leaves to look at: log.jsonl, log.txt, log.png, and optionally wandb and
+"""What a run leaves to look at: log.jsonl, log.txt, log.png, report.md, and optionally wandb and
 TensorBoard."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,15 +11,16 @@ from pathlib import Path
 from gptlib.checkpoint import list_checkpoints
 from gptlib.common import UserError, atomic_write, import_optional, warn
 from gptlib.plot import plot
+from gptlib.run_report import format_report, run_seconds
 
 # what log.txt shows of each kind of record: the name of the value, and its format
 TEXT_COLUMNS = {"train": ("loss", ".6f"), "val": ("loss", ".4f"), "hella": ("acc_norm", ".4f")}
-RUN_FILES = ("log.*", "model_*.pt", "latest_checkpoint.pt", "tensorboard")
+RUN_FILES = ("log.*", "report.md", "model_*.pt", "latest_checkpoint.pt", "tensorboard")
 
 
 class RunLog:
-    """The log of a run: log.jsonl (everything), log.txt (step, kind and value on a line) and
-    log.png.
+    """The log of a run: log.jsonl (everything), log.txt (step, kind and value on a line), log.png
+    and report.md.
 
     A context manager: leaving it closes wandb and TensorBoard. A full disk warns once and never
     stops the run.
@@ -40,6 +42,7 @@ class RunLog:
             if step is None:
                 self._move_away([path for name in RUN_FILES for path in self.dir.glob(name)])
             else:
+                facts = {**facts, "seconds_before": run_seconds(self._records())}
                 self._return_to(step)
         except OSError as error:
             reason = error.strerror
@@ -75,6 +78,19 @@ class RunLog:
                 if value is not None:
                     sink.add(f"{kind}/{name}", value, step)
 
+    def note(self, step, kind, **values):
+        """Record in log.jsonl alone what is no curve, such as the texts of samples."""
+        self._append("log.jsonl", json.dumps({"kind": kind, "step": step, **values}))
+
+    def write_report(self):
+        """Write report.md anew, from all that log.jsonl has."""
+        records = self._records()
+        if not any(record["kind"] in ("config", "resume") for record in records):
+            return  # a full disk kept the run's facts from being written
+        text = format_report(records, self.dir.name)
+        with contextlib.suppress(UserError):  # a full disk: the next evaluation tries again
+            atomic_write(self.dir / "report.md", lambda file: file.write(text.encode()))
+
     def draw(self, gpt2_tokens):
         """Redraw log.png, with the published GPT-2 and GPT-3 figures where the tokens are
         GPT-2's."""
@@ -98,15 +114,16 @@ class RunLog:
 
         Later checkpoints are truncated, or belong to a course of training that this run does not
         follow. A "train" record at `step` is of the step that begins there, so it goes too; the
-        evaluation at `step` stays.
+        evaluation at `step` stays. That the run ended there is no longer true.
         """
         later = [path for path in list_checkpoints(self.dir) if int(path.stem[6:]) > step]
         self._move_away(later)
 
         records = []
         for record in self._records():
-            at_step = record["step"] == step and record["kind"] != "train"
-            if record["step"] < step or at_step:
+            at_step = record["step"] == step and record["kind"] not in ("train", "end")
+            earlier = record["step"] < step and record["kind"] != "end"
+            if earlier or at_step:
                 records.append(record)
         lines = [format_line(record) for record in records if record["kind"] in TEXT_COLUMNS]
         self._rewrite("log.txt", lines)

@@ -1,0 +1,268 @@
+"""What a token teaches: Muon beside AdamW, each at its best learning rate, on the same text.
+
+Every run is `python train_gpt2.py` in a folder of its own, so what is measured is what users get.
+Rates are chosen on the dev split (--dev); the runs that are compared see the val split. A run that
+is finished is not run again, and one that was stopped goes on from its last checkpoint, so the
+same command continues an experiment that was interrupted.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benches.turns import ROOT, last_lines
+from gptlib.common import UserError, atomic_write, log
+
+OPTIMIZERS = ("adamw", "muon")
+SEEDS = (1, 2, 3)
+MAX_RATES = 8
+# The models, with the five rates of each optimizer. Those of the larger model are around the best
+# rates of the smaller one, divided by the ratio of their widths (2).
+SIZES = {
+    "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
+                 rates=dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+                            muon=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))),
+    "10M": dict(model=dict(n_layer=5, n_head=6, n_embd=384),
+                rates=dict(adamw=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+                           muon=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))),
+}
+COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
+              lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
+              num_samples=0, log_interval=100, keep_checkpoints=1)
+FRACTIONS = (0.5, 0.65, 1.0)  # of AdamW's tokens, for Muon
+
+
+def run_settings(size, optimizer, rate, steps, seed, **changes):
+    """The flags of one run of train_gpt2.py, as a dict."""
+    return {**COMMON, **SIZES[size]["model"], "optimizer": optimizer, "max_lr": rate, "seed": seed,
+            "max_steps": steps, "warmup_steps": steps // 20, "eval_interval": max(1, steps // 4),
+            "checkpoint_interval": max(1, steps // 4), **changes}
+
+
+def run_name(size, settings):
+    """A folder's name that differs for any two runs that a user may ask for."""
+    parts = [size, settings["optimizer"], f"lr{settings['max_lr']:g}",
+             f"{settings['max_steps']}steps", f"seed{settings['seed']}"]
+    extra = {**COMMON, **SIZES[size]["model"], "dev": False}
+    named = ("optimizer", "max_lr", "max_steps", "seed", "warmup_steps", "eval_interval",
+             "checkpoint_interval", "data_root")
+    for key, value in settings.items():
+        if key not in named and value != extra.get(key):
+            parts.append(key if value is True else f"{key}={value}")
+    return "-".join(parts)
+
+
+def read_run(folder):
+    """What a run has logged: {"train": [(step, loss)], "val": ..., "ms": [of each step]}."""
+    result = {"train": [], "val": [], "ms": []}
+    path = Path(folder) / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the run was killed while it wrote
+            continue
+        if record["kind"] in ("train", "val"):
+            result[record["kind"]].append((record["step"], record["loss"]))
+        if record["kind"] == "train":
+            result["ms"].append(record["ms"])
+    return result
+
+
+def run_training(out, size, settings):
+    """Run one training, or what is left of it; returns what `summarize` makes of its log.
+
+    Raises UserError with the end of its output where it fails.
+    """
+    folder = Path(out) / run_name(size, settings)
+    finished = read_run(folder)["val"]
+    if not finished or finished[-1][0] != settings["max_steps"]:
+        log(f"  {folder.name}")
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, str(ROOT / "train_gpt2.py"), "--auto_resume",
+                   f"--log_dir={folder}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+        if done.returncode != 0:
+            raise UserError(f"{folder.name}: exit code {done.returncode}\n"
+                            f"{last_lines(done.stderr)}")
+    return summarize(folder, size, settings)
+
+
+def summarize(folder, size, settings):
+    """One run as the JSON file has it: settings, final loss, loss by tokens, median step time."""
+    logged = read_run(folder)
+    tokens = settings["total_batch_size"]
+    if not logged["val"] or logged["val"][-1][0] != settings["max_steps"]:
+        raise UserError(f"{folder}: the run was stopped; the same command goes on with it")
+    return dict(name=folder.name, size=size, settings=settings, loss=logged["val"][-1][1],
+                tokens=settings["max_steps"] * tokens, ms=statistics.median(logged["ms"]),
+                curve=[(step * tokens, loss) for step, loss in logged["val"]])
+
+
+def best_rate(runs):
+    """The rate of the run with the lowest loss; a loss that is no number counts as infinite."""
+    def loss(run):
+        return math.inf if run["loss"] is None else run["loss"]
+    return min(runs, key=loss)["settings"]["max_lr"]
+
+
+def tokens_to_loss(points, loss):
+    """The tokens at which a curve of (tokens, loss) comes down to a loss; None if it does not.
+
+    Between two points the loss is taken as linear in the logarithm of the tokens.
+    """
+    points = sorted(points)
+    for (t0, l0), (t1, l1) in zip(points, points[1:], strict=False):
+        if l0 == loss:
+            return t0
+        if l1 <= loss < l0:
+            share = (l0 - loss) / (l0 - l1)
+            return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))
+    return points[-1][0] if points[-1][1] == loss else None
+
+
+class Experiment:
+    """The runs of one model size: a sweep of rates, then seeds at the best ones."""
+
+    def __init__(self, data_root, out, size, steps, jobs):
+        self.data_root, self.out, self.size = data_root, Path(out), size
+        self.steps, self.jobs = steps, jobs
+        self.runs = []
+
+    def run(self, wanted):
+        """Run several trainings, up to `jobs` at a time; wanted: arguments of run_settings."""
+        def one(arguments):
+            settings = run_settings(self.size, *arguments[:4], data_root=str(self.data_root),
+                                    **arguments[4])
+            result = run_training(self.out, self.size, settings)
+            log(f"  {result['name']}: {result['loss']:.4f}")
+            return result
+        threads = ThreadPoolExecutor(self.jobs)
+        try:
+            results = list(threads.map(one, wanted))
+        finally:  # after a failure the runs that have not begun are left out
+            threads.shutdown(cancel_futures=True)
+        self.runs += results
+        return results
+
+    def sweep(self, optimizer):
+        """The best rate on the dev split; beyond an end of the grid, three times at most, as long
+        as the best is there.
+        """
+        rates = list(SIZES[self.size]["rates"][optimizer])
+        tried = []
+        while True:
+            new = [rate for rate in rates if rate not in [t["settings"]["max_lr"] for t in tried]]
+            tried += self.run([(optimizer, rate, self.steps, 0, dict(dev=True)) for rate in new])
+            best = best_rate(tried)
+            if len(rates) == MAX_RATES or min(rates) < best < max(rates):
+                return best
+            rates.append(best / 2 if best == min(rates) else best * 2)
+
+    def compare(self, best):
+        """AdamW, and Muon at several numbers of tokens, with three seeds; returns a dict."""
+        adamw = self.run([("adamw", best["adamw"], self.steps, seed, {}) for seed in SEEDS])
+        target = statistics.mean(run["loss"] for run in adamw)
+        points = []
+        for fraction in FRACTIONS:
+            steps = round(self.steps * fraction)
+            muon = self.run([("muon", best["muon"], steps, seed, {}) for seed in SEEDS])
+            points.append((muon[0]["tokens"], statistics.mean(run["loss"] for run in muon)))
+        tokens = tokens_to_loss(points, target)
+        ratio = tokens / adamw[0]["tokens"] if tokens else None
+        return dict(rates=best, adamw_tokens=adamw[0]["tokens"], adamw_loss=target,
+                    muon=points, muon_tokens_to_adamw_loss=tokens, ratio=ratio)
+
+
+def bench_learning(args):
+    """Muon's tokens to AdamW's final loss, a JSON file with every run, and a picture."""
+    if not args.out:
+        raise UserError("bench.py learning keeps its runs in a folder: name it with --out")
+    experiment = Experiment(args.data_root, args.out, args.size, args.steps, args.jobs)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    log(f"\nlearning, {args.size} parameters, {args.steps} steps of 2,048 tokens, in {args.out}")
+    result = dict(size=args.size, steps=args.steps)
+    best = {}
+    for optimizer in OPTIMIZERS:
+        best[optimizer] = experiment.sweep(optimizer)
+        log(f"  best rate of {optimizer} on the dev split: {best[optimizer]:g}")
+        save(args, experiment, dict(result, rates=best))
+    result.update(experiment.compare(best))
+    save(args, experiment, result)
+    if result["ratio"]:
+        log(f"  Muon comes to AdamW's final loss of {result['adamw_loss']:.4f} with "
+            f"{result['ratio']:.2f} of its tokens")
+    return result
+
+
+def save(args, experiment, result):
+    """Write FOLDER/learning_SIZE.json with all that is known so far, and draw learning_SIZE.png."""
+    result = dict(result, runs=experiment.runs)
+    text = json.dumps(result, indent=1)
+    path = Path(args.out) / f"learning_{args.size}.json"
+    atomic_write(path, lambda f: f.write(text.encode()))
+    draw_learning(result, path.with_suffix(".png"))
+
+
+# -----------------------------------------------------------------------------
+# the picture
+
+COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
+
+
+def draw_learning(result, path):
+    """Draw the sweep of rates, the loss over the tokens, and the final losses of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    draw_sweep(axes[0], [run for run in result["runs"] if run["settings"].get("dev")])
+    compared = [run for run in result["runs"] if not run["settings"].get("dev")]
+    draw_curves(axes[1], compared)
+    draw_final_losses(axes[2], compared, result.get("adamw_loss"))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    figure.suptitle(f"{result['size']} parameters, {result['steps']:,} steps of 2,048 tokens")
+    figure.tight_layout()
+    atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=110))
+    plt.close(figure)
+
+
+def draw_sweep(ax, runs):
+    for optimizer in OPTIMIZERS:
+        points = sorted((run["settings"]["max_lr"], run["loss"]) for run in runs
+                        if run["settings"]["optimizer"] == optimizer and run["loss"] is not None)
+        if points:
+            ax.plot(*zip(*points, strict=True), marker="o", color=COLORS[optimizer],
+                    label=optimizer)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="final loss on the dev split",
+           title="Choosing the rate")
+
+
+def draw_curves(ax, runs):
+    """The first seed's curve of each optimizer and length of run, without the first tenth."""
+    for run in runs:
+        if run["settings"]["seed"] != SEEDS[0]:
+            continue
+        optimizer = run["settings"]["optimizer"]
+        curve = [point for point in run["curve"] if point[0] >= run["tokens"] / 10]
+        ax.plot(*zip(*curve, strict=True), marker=".", color=COLORS[optimizer],
+                label=f"{optimizer}, {run['tokens'] / 1e6:.2f}M tokens")
+    ax.set(xlabel="tokens", ylabel="validation loss", title="One seed, over the run")
+
+
+def draw_final_losses(ax, runs, target):
+    for optimizer in OPTIMIZERS:
+        points = [(run["tokens"], run["loss"]) for run in runs
+                  if run["settings"]["optimizer"] == optimizer]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o", color=COLORS[optimizer], label=optimizer)
+    if target:
+        ax.axhline(target, color=COLORS["adamw"], ls="--", lw=1)
+    ax.set(xlabel="tokens of the run", ylabel="final validation loss", title="Every seed")
