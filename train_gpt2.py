@@ -355,6 +355,7 @@ class TrainConfig:
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
     wandb: bool = setting(False, "log to Weights & Biases as well")
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
+    dollars_per_hour: float = setting(0.0, "price of all GPUs together; 0: not known", 0.0)
 
     def __post_init__(self):
         if self.min_lr is None:
