@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from gptlib.broadcast import broadcast_nest, map_leaves
 from gptlib.checkpoint_file import PickledConfig, directory_identity, read_checkpoint_file
 from gptlib.common import UserError, atomic_write
 from gptlib.huggingface import load_hugging_face
+from gptlib.parallel import whole
 from gptlib.runtime import any_rank, share_from_rank0
 
 CHECKPOINT_VERSION = 1
@@ -38,7 +40,7 @@ def save_checkpoint(log_dir, state, keep):
     atomic_write(path, lambda file: torch.save(state, file))
     try:
         update_latest(path)
-        for old in list_checkpoints(log_dir)[keep or None:]:
+        for old in list_checkpoints(log_dir)[keep:] if keep else []:
             old.unlink()
     except OSError as error:
         raise UserError(f"{path} is saved, but {error.filename}: {error.strerror}") from error
@@ -63,20 +65,25 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
-def copy_to_host(state):
+def copy_to_host(state, keep=True):
     """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training
     changes the tensors.
 
     Tensors that share memory, such as the embedding and the head, share it in the copy too.
+    Sharded tensors are gathered one by one, so all ranks have to call it; one that does not keep
+    the copy gets None in place of each tensor.
     """
     copies = {}
 
     def copy(leaf):
         if not torch.is_tensor(leaf):
             return leaf
-        key = leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype
+        is_sharded = isinstance(leaf, DTensor)
+        # The same on all ranks: a rank may have no rows, and then no address to tell by.
+        key = id(leaf) if is_sharded else (leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype)
         if key not in copies:
-            copies[key] = leaf.detach().to("cpu", copy=True)
+            tensor = whole(leaf.detach())
+            copies[key] = tensor.to("cpu", copy=True) if keep else None
         return copies[key]
 
     return map_leaves(state, copy)

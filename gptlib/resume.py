@@ -4,6 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptlib.checkpoint import copy_to_host, save_checkpoint
 from gptlib.common import UserError, print0
+from gptlib.parallel import shard_like
+from gptlib.runtime import World
 from gptlib.tokenizer import tokenizer_to_dict
 
 
@@ -54,9 +56,20 @@ def restore_training_state(checkpoint, optimizers, scaler):
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
         for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({key: value for key, value in ours.items() if key != "params"})
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
     if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
+
+
+def shard_optimizer_state(state, optimizer):
+    """The state dict of an optimizer, its tensors cut as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in state["param_groups"] for i in group["params"]]
+    tensors = {}
+    for i, p in zip(indices, parameters, strict=True):
+        values = state["state"].get(i, {})
+        tensors[i] = {name: shard_like(tensor, p) for name, tensor in values.items()}
+    return {**state, "state": tensors}
 
 
 class BackgroundSaver:
@@ -64,8 +77,8 @@ class BackgroundSaver:
     tensors.
     """
 
-    def __init__(self, log_dir, keep):
-        self.log_dir, self.keep = log_dir, keep
+    def __init__(self, log_dir, keep, world=World()):
+        self.log_dir, self.keep, self.world = log_dir, keep, world
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def __enter__(self):
@@ -75,15 +88,18 @@ class BackgroundSaver:
         self.thread.shutdown()
 
     def save(self, state, wait=False):
-        """Copy the state and write the copy in the background; with wait, return when it is on
-        disk.
+        """Copy the state and let rank 0 write the copy in the background; with wait, it returns
+        when that is on disk. Every rank has to call it: sharded tensors are gathered.
 
         Raises UserError only with wait: a checkpoint on the way that can't be written is a
         warning, since the next may be.
         """
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()
-        self.writing = self.thread.submit(self._write, copy_to_host(state), wait)
+        copy = copy_to_host(state, keep=self.world.rank == 0)
+        if self.world.rank > 0:
+            return
+        self.writing = self.thread.submit(self._write, copy, wait)
         if wait:
             self.writing.result()
 
