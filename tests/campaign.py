@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -35,17 +36,31 @@ def rng(request):
     return random.Random(f"{SEED} {request.node.name}")
 
 
+class Uncaptured:
+    """A file to write to the terminal although pytest hides what tests print."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def write(self, text):
+        with self.capsys.disabled():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def flush(self):
+        pass
+
+
 @pytest.fixture
 def progress(capsys):
-    """progress(iterable, what): a progress line although pytest hides what tests print; and
-    progress.tell(text) for a test's figures.
-    """
-    def show(iterable, what):
-        return tqdm(iterable, desc=what, mininterval=1, dynamic_ncols=True)
+    """progress(iterable, what): a progress line; progress.tell(text): the figures of a test."""
+    file = Uncaptured(capsys)
 
-    show.tell = lambda text: print(f"\ncampaign: {text}", flush=True)
-    with capsys.disabled():
-        yield show
+    def show(iterable, what):
+        return tqdm(iterable, desc=what, file=file, mininterval=1, ncols=100)
+
+    show.tell = lambda text: file.write(f"\ncampaign: {text}\n")
+    return show
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from gptlib.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 pytestmark = campaign.marks
 rng, progress = campaign.rng, campaign.progress
 
-TRAINING = {**TINY, "max_steps": 600, "eval_interval": 200, "checkpoint_interval": 5,
+TRAINING = {**TINY, "max_steps": 400, "eval_interval": 200, "checkpoint_interval": 5,
             "keep_checkpoints": 3, "dropout": 0.1, "auto_resume": True}
 
 # -----------------------------------------------------------------------------
@@ -83,10 +83,10 @@ class Work:
 
 
 def data_preparation(tmp_path):
-    """fineweb.py on a corpus of 40 shards, a tokenizer of its own included."""
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", some_documents(20000))
+    """fineweb.py on a corpus of some 20 shards, a tokenizer of its own included."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", some_documents(3000))
     argv = command("fineweb.py", f"--files={corpus}", "--data_root=data", "--tokenizer=bpe",
-                   "--vocab_size=300", "--shard_size=50000")
+                   "--vocab_size=300", "--shard_size=10000")
     return Work(tmp_path, argv, lambda folder: contents(folder / "data"))
 
 
