@@ -147,7 +147,7 @@ def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
     def open_often(depth):
         if depth > 0:  # the parser compares the depths of the calls
             return open_often(depth - 1)
-        return [len(open_shard(path)) for _ in range(50)]
+        return [len(open_shard(path)) for _ in range(300)]
 
     thresholds = gc.get_threshold()
 
@@ -162,7 +162,7 @@ def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.remove(switch_threads)
-    assert lengths == [[100] * 50] * 2
+    assert lengths == [[100] * 300] * 2
 
 
 @pytest.mark.parametrize("header", [b"{" * 60, b"(" * 60, b"1e999" + b"9" * 50, b"{'a': \xff}" * 6])
