@@ -2,12 +2,17 @@
 
 import io
 import json
+import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from gptlib.common import UserError, atomic_write
+from gptlib.common import UserError, atomic_write, first_line
+
+# np.load parses a header as Python code. Python 3.11's parser counts its depth for all threads
+# together, and now and then fails where two threads parse: "recursion depth mismatch".
+npy_lock = threading.Lock()
 
 LLM_C_HEADER = [20240520, 1]  # magic number and version of llm.c's .bin shards
 
@@ -32,12 +37,13 @@ def open_shard(path):
     tokens = None
     try:
         if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r")
+            with npy_lock:
+                tokens = np.load(path, mmap_mode="r")
             found, expected = f"{tokens.ndim}-D {tokens.dtype}", "1-D uint16"
         else:
             tokens, found, expected = open_bin(path)
-    except (OSError, ValueError, EOFError) as error:
-        found, expected = error, "a whole shard"
+    except Exception as error:  # numpy raises something else for each kind of damaged header
+        found, expected = first_line(error), "a whole shard"
     if tokens is None or tokens.ndim != 1 or tokens.dtype != np.uint16:
         raise UserError(f"{path}: {found}; expected {expected}. Make it again with "
                         "python fineweb.py (see --help)")

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,9 +52,45 @@ def distributed():
     # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
     # sends to the others
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    store = dist.PrefixStore(agree_on_name(store, rank, size), store)
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, world_size=size, rank=rank,
+                            store=store)
     yield World(rank, local_rank, size)
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
+
+
+def agree_on_name(store, rank, size):
+    """A name that the processes of one start share, and that no earlier start has used.
+
+    After a failure torchrun starts the processes again, with the same key-value store as before
+    (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
+    dead processes, so a process that is faster than its peer tries to connect to a dead one, for
+    up to half a minute, and then fails ("connectFullMesh failed"). Under a name of their own all
+    keys are new. TORCHELASTIC_RESTART_COUNT is no such name: it differs between hosts.
+
+    The store may also hold what earlier processes wrote here. Each process therefore asks under a
+    random id, and rank 0, which chooses the name, answers every id until all have joined.
+    """
+    own_id = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"start/id_of_rank/{rank}", own_id)
+        name = store.get(f"start/answer_to/{own_id}").decode()  # waits for the answer
+        store.add(f"start/joined/{name}", 1)
+        return name
+    name = own_id
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while (joined := store.add(f"start/joined/{name}", 0)) < size - 1:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{joined + 1} of {size} processes have started")
+        for other in range(1, size):
+            key = f"start/id_of_rank/{other}"
+            if store.check([key]):  # it may be the id of a dead process: nobody reads the answer
+                other_id = store.get(key).decode()
+                store.set(f"start/answer_to/{other_id}", name)
+        time.sleep(0.01)
+    return name
 
 
 def any_rank(flag, world):

@@ -4,9 +4,12 @@ python -m pytest tests/test_dataset.py
 Shards and meta.json, against files that are made by hand.
 """
 
+import gc
 import json
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -133,3 +136,42 @@ def test_read_checksums(tmp_path):
     shards = [{"name": "old.npy"}, {"name": "new.npy", "crc32": "00c0ffee"}]
     (tmp_path / "meta.json").write_text(json.dumps({"shards": shards}))
     assert read_checksums(tmp_path) == {"new.npy": "00c0ffee"}
+
+
+def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
+    """Python 3.11 parses in one thread at a time: training opened a shard while the check of
+    another began, and ended with "AST constructor recursion depth mismatch"."""
+    path = tmp_path / "a_train_000000.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+
+    def open_often(depth):
+        if depth > 0:  # the parser compares the depths of the calls
+            return open_often(depth - 1)
+        return [len(open_shard(path)) for _ in range(300)]
+
+    thresholds = gc.get_threshold()
+
+    def switch_threads(*_):
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            lengths = [*threads.map(open_often, (1, 40))]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(switch_threads)
+    assert lengths == [[100] * 300] * 2
+
+
+@pytest.mark.parametrize("header", [b"{" * 60, b"(" * 60, b"1e999" + b"9" * 50, b"{'a': \xff}" * 6])
+def test_a_damaged_header_gives_a_line(tmp_path, header):
+    """numpy parses the header as Python: tokenize.TokenError, SyntaxError and others came through
+    as tracebacks."""
+    path = tmp_path / "a_train_000000.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+    data = path.read_bytes()
+    path.write_bytes(data[:10] + header + data[10 + len(header):])
+    with pytest.raises(UserError, match="a whole shard"):
+        open_shard(path)

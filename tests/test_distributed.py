@@ -6,12 +6,17 @@
 import json
 import random
 import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
-from conftest import TINY, command, environment, flags, read_log, run
+from conftest import ROOT, TINY, command, environment, flags, read_log, run
+from torch.distributed import TCPStore
+
+from gptlib.runtime import agree_on_name
 
 # 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
 SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20, "hellaswag_data": "hella.jsonl"}
@@ -91,3 +96,72 @@ def test_sigterm_to_torchrun_stops_all_at_the_same_step(tmp_path, data_root):
     assert len(saved) == 1
     assert "goes on" in output
     assert int(saved[0].stem[6:]) == max(read_log(tmp_path / "log")["train"]) + 1
+
+
+# -----------------------------------------------------------------------------
+# processes that torchrun starts again: it keeps one store for all starts
+
+JOIN = """
+import torch, torch.distributed
+from gptlib.runtime import distributed
+with distributed():
+    torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.fixture
+def agent_store():
+    """The store of torchrun's agent, which outlives the processes that it starts."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def store_client(server):
+    """A connection of its own: one that waits for a key is blocked meanwhile."""
+    return TCPStore("127.0.0.1", server.port, is_master=False)
+
+
+def agree(server, size):
+    """The name that each rank of one start is told."""
+    with ThreadPoolExecutor(size) as threads:
+        ranks = reversed(range(size))  # rank 0 last: the others ask before it answers
+        told = [threads.submit(agree_on_name, store_client(server), rank, size) for rank in ranks]
+        return [future.result(timeout=60) for future in told]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_each_start_has_a_name_of_its_own(agent_store, size):
+    """Guards against restarted processes that read the addresses of the dead ones and wait for
+    them."""
+    starts = [agree(agent_store, size) for _ in range(3)]
+    for names in starts:
+        assert len(set(names)) == 1, f"the ranks of one start were told {names}"
+    assert len({names[0] for names in starts}) == 3
+
+
+def test_what_the_dead_have_asked_is_not_answered_for_the_living(agent_store):
+    """Guards against a rank that is taken for present because its predecessor was, killed while it
+    waited."""
+    agent_store.set("start/id_of_rank/1", "killed before rank 0 answered")
+    agent_store.set("start/answer_to/of another", "the name of an earlier start")
+    with ThreadPoolExecutor(1) as thread:
+        rank0 = thread.submit(agree_on_name, store_client(agent_store), 0, 2)
+        agent_store.wait(["start/answer_to/killed before rank 0 answered"])
+        assert not rank0.done(), "rank 0 went on with a dead process"
+        name = agree_on_name(store_client(agent_store), 1, 2)
+        assert rank0.result(timeout=60) == name
+
+
+def test_a_restart_uses_keys_of_its_own(agent_store):
+    """Guards against a process group that is made without the name: nearly all keys of the second
+    start would be those of the first."""
+    n_keys = []
+    for _ in range(2):
+        env = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(agent_store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        ranks = [Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True,
+                       env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], outputs
+        n_keys.append(agent_store.num_keys())
+    first, both = n_keys
+    assert both - first > first / 2, f"{first} keys after the first start, {both} after the second"
