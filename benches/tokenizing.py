@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benches.turns import show_results, take_turns
-from fineweb import encode_stream
+from gptlib.preparation import encode_stream
 from gptlib.sources import stdlib_files
 from gptlib.tokenizer import load_tokenizer
 
@@ -38,7 +38,7 @@ def bench_tokenize(args):
     n_processes = os.cpu_count()
 
     def ours():
-        return sum(len(tokens) for tokens, _ in encode_stream(tokenizer, texts, n_processes))
+        return sum(len(tokens) for tokens, _, _ in encode_stream(tokenizer, texts, n_processes))
 
     def one_thread():
         return sum(len(tokenizer.encode_ordinary(text)) + 1 for text in texts)
