@@ -72,8 +72,9 @@ class HubFiles:
         from huggingface_hub import HfFileSystem
 
         def read_footer():
+            # without a cache: pyarrow itself asks for the last 64 KB, and for more only if needed
             with HfFileSystem().open(f"datasets/{self.dataset}/{path}", revision=self.revision,
-                                     block_size=2**20) as f:
+                                     cache_type="none") as f:
                 return pyarrow.parquet.read_metadata(f).num_rows
         return with_retries(path, read_footer)
 
