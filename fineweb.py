@@ -66,6 +66,8 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
                   max_tokens, pattern)
     if part != WHOLE and max_tokens is not None:
         raise UserError("--max_tokens ends the whole source, so it does not go with --part")
+    if part != WHOLE and read_meta(data_root).get("complete"):
+        raise UserError(f"{data_root} is a dataset already: choose another --data_root")
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     meta = read_meta(root)
@@ -104,9 +106,12 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
             writer.save_meta()
             write_documents(writer, enc, text, num_proc, max_tokens)
         text.close()
+    where_val_is = "shard 0 is validation"
+    if part.number > 1:
+        where_val_is = "none for validation, which is in part 1"
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
-          f"in {len(writer.shards)} shards, shard 0 is validation, in {root}")
+          f"in {len(writer.shards)} shards, {where_val_is}, in {root}")
     return read_meta(root)
 
 
