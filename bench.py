@@ -11,6 +11,7 @@ $ python bench.py decode --compile --rounds 9
 $ python bench.py decode --streams 1 --length 512 --peer ../nanoGPT
 $ python bench.py serve
 $ python bench.py tokenize
+$ python bench.py tokenize --source parquet
 $ python bench.py hellaswag --hellaswag_data hellaswag_val.jsonl
 $ python bench.py checkpoint
 $ python bench.py start
@@ -89,6 +90,8 @@ def make_parser():
     add("--hellaswag_data", default="", help="HellaSwag jsonl file (default: download it once)")
     add("--examples", type=int,
         help="HellaSwag examples per turn (default: 32, of gpu all of them)")
+    add("--source", default="memory", choices=("memory", "parquet"),
+        help="tokenize: text in memory to arrays (default), or parquet files to shards")
     add("--folder", default=".", help="checkpoint: where to write (default: the current folder)")
     add("--out", default="",
         help="gpu: the folder for gpu.json and gpu.md; learning: the folder of its runs")

@@ -38,36 +38,49 @@ from pathlib import Path
 from gptlib.common import ArgumentParser, UserError, atomic_write, run_main, warn
 from gptlib.dataset import list_shards, read_checksums, read_meta, verify_shard
 from gptlib.lock import lock_directory
-from gptlib.preparation import ShardWriter, encode_stream, training_text, whole_documents
+from gptlib.parts import WHOLE, merge_parts, parse_part
+from gptlib.preparation import (ShardWriter, encode_batches, split_chunk, training_text,
+                                whole_documents)
 from gptlib.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
 
 def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
             tokenizer="gpt2", vocab_size=None, shard_size=10**8, val_fraction=0.1, num_proc=None,
-            seed=1337, prefix="edufineweb", max_tokens=None, pattern=None):
+            seed=1337, prefix="edufineweb", max_tokens=None, pattern=None, part=None,
+            revision=None, keep_downloads=False):
     """Write the shards, meta.json and tokenizer of a dataset directory, or continue after a kill.
 
     source: "fineweb" (dataset, name and column: on the Hub, or a local directory of its layout),
     "files" (files: a glob pattern) or "stdlib". tokenizer: "bpe" trains one of vocab_size ids,
     which splits text as GPT-2 does where pattern is "gpt2"; anything else is what named_tokenizer
     takes. shard_size is in tokens; num_proc: threads;
-    max_tokens: end before the first document that would go past it.
+    max_tokens: end before the first document that would go past it. part: "3/8" prepares the third
+    of eight parts in a folder of its own. revision: a commit, branch or tag of the dataset.
     Returns the contents of meta.json. Raises UserError for errors that the user can fix.
     """
-    root = Path(data_root)
+    part = parse_part(part)
+    root = Path(data_root) / part.folder() if part != WHOLE else Path(data_root)
     num_proc = os.cpu_count() if num_proc is None else num_proc
     check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
                   max_tokens, pattern)
+    if part != WHOLE and max_tokens is not None:
+        raise UserError("--max_tokens ends the whole source, so it does not go with --part")
+    if part != WHOLE and read_meta(data_root).get("complete"):
+        raise UserError(f"{data_root} is a dataset already: choose another --data_root")
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
-    description, read = open_source(source, files, dataset, name, column)
-    settings = {"source": description, "tokenizer": tokenizer, "vocab_size": vocab_size,
+    meta = read_meta(root)
+    text = open_source(source, files, dataset, name, column, revision=revision,
+                       recorded=meta.get("hub"),
+                       folder=None if keep_downloads else root / "downloads")
+    settings = {"source": text.description, "tokenizer": tokenizer, "vocab_size": vocab_size,
                 "shard_size": shard_size, "val_fraction": val_fraction, "seed": seed,
-                "prefix": prefix, "max_tokens": max_tokens, "pattern": pattern}
+                "prefix": prefix, "max_tokens": max_tokens, "pattern": pattern,
+                "part": f"{part.number}/{part.count}" if part != WHOLE else None,
+                "revision": revision}
 
     # continue what an interrupted run with these settings has left, or begin
-    meta = read_meta(root)
     finished_shards = find_finished_shards(root, meta)
     changed = changed_settings(meta, settings)
     if finished_shards and changed:
@@ -81,17 +94,24 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     if changed and tokenizer != "bpe":
         enc = named_tokenizer(tokenizer)  # a wrong name shows before the directory is made
     with lock_directory(root):
+        found_files = text.resolve()
         if changed:
-            meta, enc = begin_dataset(root, settings, read, enc)
+            meta, enc = begin_dataset(root, settings, text.read, enc)
         else:
             enc = load_tokenizer(root)  # it was written before meta.json was
-        writer = ShardWriter(root, meta, enc, finished_shards)
-        tell_room_needed(root, max_tokens, dataset, name, written=writer.totals()["tokens"])
-        writer.save_meta()
-        write_documents(writer, enc, read, num_proc, max_tokens)
+        meta |= found_files
+        with ShardWriter(root, meta, enc, finished_shards, part) as writer:
+            written = writer.totals()["tokens"]
+            tell_room_needed(root, max_tokens, dataset, name, written, part)
+            writer.save_meta()
+            write_documents(writer, enc, text, num_proc, max_tokens)
+        text.close()
+    where_val_is = "shard 0 is validation"
+    if part.number > 1:
+        where_val_is = "none for validation, which is in part 1"
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
-          f"in {len(writer.shards)} shards, shard 0 is validation, in {root}")
+          f"in {len(writer.shards)} shards, {where_val_is}, in {root}")
     return read_meta(root)
 
 
@@ -189,14 +209,14 @@ def named_tokenizer(name):
     return enc
 
 
-def tell_room_needed(root, max_tokens, dataset, name, written):
+def tell_room_needed(root, max_tokens, dataset, name, written, part):
     """Print how much room the shards will take, where that is known, and whether there is as much.
 
     Only a warning, because the source may have fewer tokens than --max_tokens.
     """
     known = [max_tokens] if max_tokens else []
     if dataset == FINEWEB and name in FINEWEB_TOKENS:
-        known.append(FINEWEB_TOKENS[name])
+        known.append(FINEWEB_TOKENS[name] // part.count)
     if not known:
         return
     needed = 2 * max(0, min(known) - written)  # bytes: a token is a uint16
@@ -207,26 +227,26 @@ def tell_room_needed(root, max_tokens, dataset, name, written):
         warn("that may not fit: make room, or choose a smaller --max_tokens or another --data_root")
 
 
-def write_documents(writer, enc, read, num_proc, max_tokens=None):
+def write_documents(writer, enc, text, num_proc, max_tokens=None):
     """Tokenize the documents that are not in the finished shards, and write them."""
     from tqdm import tqdm
     skip, last_doc_tokens = writer.position()
     total = writer.totals()["tokens"]
-    stream = encode_stream(enc, read(skip), num_proc)
+    stream = encode_batches(enc, text.batches(skip, writer.part), num_proc)
     with (tqdm(desc="tokenizing", unit="tok", unit_scale=True, initial=total) as bar,
           contextlib.closing(stream)):
-        for tokens, marks in stream:
+        for chunk in stream:
             if last_doc_tokens:
                 # The first document begins in the last finished shard, with that many tokens.
-                tokens, marks = tokens[last_doc_tokens:], marks[1:]
+                chunk = split_chunk(chunk, last_doc_tokens, writer.eot, writer.token_sizes)[1]
                 last_doc_tokens = 0
-            num_tokens = len(tokens)
+            num_tokens = len(chunk.tokens)
             if max_tokens is not None:
-                tokens, marks = whole_documents(tokens, marks, max_tokens - total, enc.eot_token)
-            total += len(tokens)
-            bar.update(len(tokens))
-            writer.add(tokens, marks)
-            if len(tokens) < num_tokens:
+                chunk = whole_documents(chunk, max_tokens - total, writer.eot, writer.token_sizes)
+            total += len(chunk.tokens)
+            bar.update(len(chunk.tokens))
+            writer.add(chunk)
+            if len(chunk.tokens) < num_tokens:
                 writer.end_early()
                 break
     writer.finish()
@@ -320,7 +340,19 @@ def main():
     add("--prefix", default="edufineweb", help="first part of the names of the shards")
     add("--verify", action="store_true",
         help="only check the shards in --data_root against their checksums, and exit")
+    add("--part", metavar="K/N", help="prepare only part K of N of the source, such as 3/8, in a "
+        "folder of its own in --data_root; each machine makes another part")
+    add("--merge", action="store_true",
+        help="only join the parts in --data_root to one dataset, and exit")
+    add("--revision", help="commit, branch or tag of the dataset on the Hub (default: the newest)")
+    add("--keep_downloads", action="store_true",
+        help="download into Hugging Face's cache and keep the files there")
     args = vars(parser.parse_args())
+    if args.pop("merge"):
+        meta = merge_parts(args["data_root"])
+        print(f"{args['data_root']}: {sum(meta['tokens'].values()):,} tokens in "
+              f"{len(meta['shards'])} shards")
+        return
     if args.pop("verify"):
         verify_dataset(args["data_root"], args["num_proc"])
         return

@@ -1,15 +1,23 @@
 """Text to shards, beside the original script's pool of processes."""
 
+import contextlib
+import io
+import itertools
 import multiprocessing
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from benches.turns import show_results, take_turns
-from fineweb import encode_stream
+from fineweb import prepare
+from gptlib.preparation import encode_stream
 from gptlib.sources import stdlib_files
 from gptlib.tokenizer import load_tokenizer
+
+SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are written in a turn
 
 
 def load_pool_tokenizer():
@@ -25,6 +33,10 @@ def tokenize_in_pool(text):
     return tokens.astype(np.uint16)
 
 
+def tokenize_row_in_pool(row):
+    return tokenize_in_pool(row["text"])
+
+
 def texts_to_tokenize():
     """The standard library's files, four times over."""
     texts = [Path(path).read_text(errors="replace") for path in stdlib_files()]
@@ -32,13 +44,18 @@ def texts_to_tokenize():
 
 
 def bench_tokenize(args):
-    """GPT-2 tokens per second of the Python standard library's text, from memory to arrays."""
+    """GPT-2 tokens per second of the Python standard library's text.
+
+    --source memory: to arrays. --source parquet: from files like FineWeb-Edu's to shards.
+    """
+    if args.source == "parquet":
+        return bench_parquet(args)
     tokenizer = load_tokenizer("gpt2")
     texts = texts_to_tokenize()
     n_processes = os.cpu_count()
 
     def ours():
-        return sum(len(tokens) for tokens, _ in encode_stream(tokenizer, texts, n_processes))
+        return sum(len(chunk.tokens) for chunk in encode_stream(tokenizer, texts, n_processes))
 
     def one_thread():
         return sum(len(tokenizer.encode_ordinary(text)) + 1 for text in texts)
@@ -57,3 +74,105 @@ def bench_tokenize(args):
         results = take_turns(contenders, args.rounds, "tok")
     show_results(f"tokenizing {n_tokens:,} tokens", results)
     return {"tokenize": results}
+
+
+# -----------------------------------------------------------------------------
+# from parquet files to shards
+
+
+def documents_like_fineweb(copies=2):
+    """The standard library in documents about as long as FineWeb-Edu's, in a random order."""
+    text = "\n".join(texts_to_tokenize()) * copies
+    rng = np.random.default_rng(0)
+    sizes = rng.lognormal(7.9, 1.0, len(text) // 1000).astype(int) + 100  # of 4,500 characters
+    ends = np.cumsum(sizes)
+    cuts = [0, *ends[ends < len(text)].tolist(), len(text)]
+    documents = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+    rng.shuffle(documents)
+    return documents
+
+
+def write_parquet(folder, documents):
+    """Write them as a local directory with FineWeb-Edu's columns, in row groups of 1,000."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    folder.mkdir()
+    n = len(documents)
+    score = np.linspace(2.5, 5, n)
+    columns = {
+        "text": documents,
+        "id": [f"<urn:uuid:{i:032x}>" for i in range(n)],
+        "dump": ["CC-MAIN-2024-10"] * n,
+        "url": [f"http://www.example.org/{i:x}.html" for i in range(n)],
+        "file_path": [f"s3://commoncrawl/crawl-data/CC-MAIN-2024-10/{i % 90}.gz" for i in range(n)],
+        "language": ["en"] * n,
+        "language_score": score / 5,
+        "token_count": [len(text) // 4 for text in documents],
+        "score": score,
+        "int_score": np.round(score).astype(int),
+    }
+    table = pa.table(columns)
+    half = n // 2
+    for i, rows in enumerate((table[:half], table[half:])):
+        pq.write_table(rows, folder / f"train-{i:05d}-of-00002.parquet", row_group_size=1000)
+
+
+def write_like_original(arrays, folder):
+    """Cut arrays of tokens into shards as the original does. Returns the number of tokens."""
+    shard, filled, index, total = np.empty(SHARD_SIZE, np.uint16), 0, 0, 0
+    for tokens in arrays:
+        total += len(tokens)
+        while filled + len(tokens) >= SHARD_SIZE:
+            room = SHARD_SIZE - filled
+            shard[filled:] = tokens[:room]
+            np.save(folder / f"shard_{index:06d}", shard)
+            tokens, filled, index = tokens[room:], 0, index + 1
+        shard[filled:filled + len(tokens)] = tokens
+        filled += len(tokens)
+    np.save(folder / f"shard_{index:06d}", shard[:filled])
+    return total
+
+
+def bench_parquet(args):
+    from datasets import load_dataset
+    tokenizer = load_tokenizer("gpt2")
+    documents = documents_like_fineweb()
+    n_processes = os.cpu_count()
+    context = multiprocessing.get_context("spawn")
+    with (tempfile.TemporaryDirectory() as folder,
+          context.Pool(n_processes, load_pool_tokenizer) as pool):
+        folder = Path(folder)
+        write_parquet(folder / "hub", documents)
+        # as the original has it after its download: in Arrow files of its own
+        rows = load_dataset(str(folder / "hub"), split="train", cache_dir=str(folder / "cache"))
+
+        def in_new_folder(work):
+            def turn():
+                shutil.rmtree(folder / "data", ignore_errors=True)
+                (folder / "data").mkdir()
+                with contextlib.redirect_stdout(io.StringIO()), \
+                        contextlib.redirect_stderr(io.StringIO()):
+                    return work(folder / "data")
+            return turn
+
+        def from_memory():
+            chunks = encode_stream(tokenizer, documents, n_processes)
+            return sum(len(chunk.tokens) for chunk in chunks)
+
+        def ours(data_root):
+            meta = prepare(data_root, dataset=str(folder / "hub"), shard_size=SHARD_SIZE)
+            return sum(meta["tokens"].values())
+
+        def original(data_root):
+            arrays = pool.imap(tokenize_row_in_pool, rows, chunksize=16)
+            return write_like_original(arrays, data_root)
+
+        n_tokens = from_memory()
+        contenders = {
+            f"the original: datasets, {n_processes} processes": in_new_folder(original),
+            "fineweb.py, parquet files to shards": in_new_folder(ours),
+            f"from memory, {n_processes} threads": from_memory,
+        }
+        results = take_turns(contenders, args.rounds, "tok")
+    show_results(f"{n_tokens:,} tokens from parquet files to shards", results)
+    return {"parquet": results}

@@ -4,11 +4,13 @@ import json
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from gptlib.common import UserError, atomic_write
 from gptlib.dataset import save_shard, shard_checksum
+from gptlib.parts import WHOLE
 from gptlib.tokenizer import EOT
 
 # -----------------------------------------------------------------------------
@@ -18,16 +20,20 @@ CHUNK = 2**20  # characters that a thread tokenizes at a time
 EMPTY, REPAIRED = 1, 2  # what a document is marked with; 0 for an ordinary one
 
 
+class Chunk(NamedTuple):
+    """Some tokens of the corpus, and what is known of the documents in them."""
+    tokens: np.ndarray  # uint16
+    marks: bytes  # one for each document that begins in these tokens
+    num_bytes: int  # of text
+
+
 def replace_surrogates(text):
     """Replace lone surrogates, which UTF-8 cannot hold, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode_chunk(enc, texts):
-    """Tokenize a list of documents.
-
-    Returns their uint16 tokens with EOT before each document, and bytes with one mark a document.
-    """
+    """Tokenize a list of documents. Returns a Chunk, with EOT before each document."""
     try:
         if any(EOT in text for text in texts):
             raise ValueError("the separator is in the text")
@@ -35,15 +41,16 @@ def encode_chunk(enc, texts):
         # interpreter lock while it works.
         joined = EOT.join(["", *texts])
         tokens = enc.encode_to_numpy(joined, allowed_special={EOT})
-        return tokens.astype(np.uint16), bytes(EMPTY * (not text) for text in texts)
+        # The string keeps its UTF-8 from that call, so this only copies it.
+        num_bytes = len(joined.encode()) - len(EOT) * len(texts)
+        marks = bytes(EMPTY * (not text) for text in texts)
+        return Chunk(tokens.astype(np.uint16), marks, num_bytes)
     except ValueError:
         # Besides the separator, tiktoken refuses lone surrogates and a million spaces in a row,
         # which overflow the stack of its regex. Find the document by trying each alone.
         if len(texts) == 1:
             return encode_difficult_document(enc, texts[0])
-    results = [encode_chunk(enc, [text]) for text in texts]
-    tokens, marks = zip(*results, strict=True)
-    return np.concatenate(tokens), b"".join(marks)
+    return join_chunks([encode_chunk(enc, [text]) for text in texts])
 
 
 def encode_difficult_document(enc, text):
@@ -53,43 +60,83 @@ def encode_difficult_document(enc, text):
     parts = re.split(r"(\s{100000})", repaired)
     tokens = [enc.encode_to_numpy(part, disallowed_special=()) for part in parts]
     tokens = np.concatenate([[enc.eot_token], *tokens])
-    return tokens.astype(np.uint16), bytes([REPAIRED * (repaired != text)])
+    marks = bytes([REPAIRED * (repaired != text)])
+    return Chunk(tokens.astype(np.uint16), marks, len(repaired.encode()))
+
+
+def join_chunks(chunks):
+    tokens = [chunk.tokens for chunk in chunks]
+    marks = b"".join(chunk.marks for chunk in chunks)
+    num_bytes = sum(chunk.num_bytes for chunk in chunks)
+    return Chunk(np.concatenate([np.empty(0, np.uint16), *tokens]), marks, num_bytes)
+
+
+def group_documents(documents):
+    """Yield lists of documents of about CHUNK characters each."""
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text)
+        size += len(text) + 1
+        if size >= CHUNK:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
+
+
+def encode_batch(enc, batch):
+    """encode_chunk of a list of documents, or of what a RowGroup reads, in parts of about CHUNK."""
+    if isinstance(batch, list):
+        return encode_chunk(enc, batch)
+    texts = batch.read()
+    return join_chunks([encode_chunk(enc, part) for part in group_documents(texts)])
 
 
 def encode_stream(enc, documents, num_proc):
-    """Yield encode_chunk of about CHUNK characters of documents at a time, in order.
+    """encode_batches of single documents (str)."""
+    return encode_batches(enc, group_documents(documents), num_proc)
 
-    num_proc threads tokenize. Threads and not processes: tiktoken works outside the interpreter
-    lock, so no text is copied between processes, the platform's start method does not matter, and
-    no process is left behind when this one is killed.
+
+def encode_batches(enc, batches, num_proc):
+    """Yield the Chunk of each batch, in order.
+
+    batches: lists of documents, or RowGroups, which the threads read themselves. num_proc threads
+    tokenize. Threads and not processes: reading and tokenizing work outside the interpreter lock,
+    so no text is copied between processes, the platform's start method does not matter, and no
+    process is left behind when this one is killed.
     """
-    # Enough chunks to keep the threads busy while a shard is written, few enough to bound memory.
+    # Enough batches to keep the threads busy, few enough to bound memory.
     max_queued = num_proc + 16
-    with ThreadPoolExecutor(num_proc) as pool:
-        queue, texts, size = deque(), [], 0
-        for text in documents:
-            texts.append(text)
-            size += len(text) + 1
-            if size < CHUNK:
-                continue
-            queue.append(pool.submit(encode_chunk, enc, texts))
-            texts, size = [], 0
+    pool, queue = ThreadPoolExecutor(num_proc), deque()
+    try:
+        for batch in batches:
+            queue.append(pool.submit(encode_batch, enc, batch))
             if len(queue) > max_queued:
                 yield queue.popleft().result()
-        if texts:
-            queue.append(pool.submit(encode_chunk, enc, texts))
         while queue:
             yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def whole_documents(tokens, marks, max_tokens, eot):
-    """The leading whole documents of at most max_tokens tokens. Returns (tokens, marks) of them."""
-    if len(tokens) <= max_tokens:
-        return tokens, marks
-    starts = np.flatnonzero(tokens == eot)
+def whole_documents(chunk, max_tokens, eot, token_sizes):
+    """The leading whole documents of a Chunk that together have at most max_tokens tokens."""
+    if len(chunk.tokens) <= max_tokens:
+        return chunk
+    starts = np.flatnonzero(chunk.tokens == eot)
     ends = starts[starts <= max_tokens]  # a document ends where the next one begins
     end = int(ends[-1]) if len(ends) else 0
-    return tokens[:end], marks[:np.count_nonzero(starts < end)]
+    return split_chunk(chunk, end, eot, token_sizes)[0]
+
+
+def split_chunk(chunk, num_tokens, eot, token_sizes):
+    """Cut a Chunk after num_tokens tokens. Returns both parts."""
+    first, rest = chunk.tokens[:num_tokens], chunk.tokens[num_tokens:]
+    num_documents = np.count_nonzero(first == eot)
+    num_bytes = measure(token_sizes, first)[1]
+    # A copy, because a slice would keep the first part in memory.
+    return (Chunk(first, chunk.marks[:num_documents], num_bytes),
+            Chunk(rest.copy(), chunk.marks[num_documents:], chunk.num_bytes - num_bytes))
 
 
 # -----------------------------------------------------------------------------
@@ -193,11 +240,17 @@ class ShardWriter:
     validation. A smaller one is kept in memory to its end, put in a seeded order, and the last
     --val_fraction of its tokens is validation.
 
+    A thread writes, so that tokenizing goes on meanwhile. It is a context manager, which waits for
+    that thread in the end.
+
     root: the dataset directory. meta: the contents of meta.json, which save_meta writes.
     finished_shards: the records in meta of the shards that an interrupted run has completed.
+    part: which part of the corpus this is. A part is written in the order of reading, and only the
+    first has a shard for validation.
     """
+    MAX_WRITES = 2  # shards that wait in memory while another is collected
 
-    def __init__(self, root, meta, enc, finished_shards):
+    def __init__(self, root, meta, enc, finished_shards, part=WHOLE):
         self.root, self.meta = root, meta
         self.settings = meta["settings"]
         self.shard_size = self.settings["shard_size"]
@@ -206,9 +259,18 @@ class ShardWriter:
         self.head, self.tail = (meta["trained_within"][key] for key in ("head", "tail"))
         # A large corpus continues after its last finished shard. A small one is tokenized again.
         self.shards = finished_shards if meta["order"] == "as read" else []
-        self.is_large = bool(self.shards) or (self.head is not None and self.tail is None)
-        self.pending, self.num_pending = [], 0  # arrays of tokens that are in no shard yet
-        self.marks = bytearray()  # of the documents that begin in pending tokens
+        self.part = part
+        is_large = self.head is not None and self.tail is None
+        self.is_large = bool(self.shards) or is_large or part != WHOLE
+        self.has_val = bool(self.shards) or part.number > 1
+        self.pending, self.num_pending = deque(), 0  # Chunks that are in no shard yet
+        self.writer, self.writes = ThreadPoolExecutor(1), deque()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.writer.shutdown()
 
     def position(self):
         """Where a continued run goes on: (documents to skip, tokens of the next one to skip)."""
@@ -217,18 +279,17 @@ class ShardWriter:
         documents = sum(shard["documents"] for shard in self.shards)
         return documents - 1, self.shards[-1]["begun"]
 
-    def add(self, tokens, marks):
-        """Take the next tokens of the corpus and the marks of the documents that begin in them."""
-        self.pending.append(tokens)
-        self.num_pending += len(tokens)
-        self.marks += marks
-        known_large = self.is_large and self.shards
+    def add(self, chunk):
+        """Take the next Chunk of the corpus. Raises UserError where a shard can't be written."""
+        while self.writes and self.writes[0].done():
+            self.writes.popleft().result()
+        self.pending.append(chunk)
+        self.num_pending += len(chunk.tokens)
+        known_large = self.is_large and self.has_val
         if self.num_pending < self.shard_size * (1 if known_large else 2):
             return
         self.is_large, self.meta["order"] = True, "as read"
-        tokens = self.write_shards(self.take_pending(), min_tokens=self.shard_size)
-        # A copy, because a slice would keep the written shards in memory.
-        self.pending, self.num_pending = [tokens.copy()], len(tokens)
+        self.write_shards(min_tokens=self.shard_size)
 
     def end_early(self):
         """Note that the corpus goes on, but nothing more of it is added (--max_tokens).
@@ -243,21 +304,31 @@ class ShardWriter:
         """Write what is pending; meta.json then says that the dataset is complete."""
         if self.is_large:
             self.meta["order"] = "as read"
-            self.write_shards(self.take_pending(), min_tokens=1)
-            if len(self.shards) < 2:
-                self.raise_too_few(self.totals()["tokens"])
+            self.write_shards(min_tokens=1)
         else:
             self.meta["order"] = "seeded"
-            self.write_small_corpus(self.take_pending())
+            self.write_small_corpus(self.take_pending(self.num_pending))
+        self.wait_for_writes(0)
+        if len(self.shards) < (2 if self.part.number == 1 else 1):
+            self.raise_too_few(self.totals()["tokens"])
         self.save_meta(complete=True)
 
-    def take_pending(self):
-        tokens = np.concatenate([np.empty(0, np.uint16), *self.pending])
-        self.pending, self.num_pending = [], 0
-        return tokens
+    def take_pending(self, num_tokens):
+        """Take so many tokens, or all there are, from what is pending. Returns a Chunk."""
+        taken, missing = [], num_tokens
+        while missing and self.pending:
+            chunk = self.pending.popleft()
+            if len(chunk.tokens) > missing:
+                chunk, rest = split_chunk(chunk, missing, self.eot, self.token_sizes)
+                self.pending.appendleft(rest)
+            taken.append(chunk)
+            missing -= len(chunk.tokens)
+        self.num_pending -= num_tokens - missing
+        return join_chunks(taken)
 
-    def write_small_corpus(self, tokens):
+    def write_small_corpus(self, corpus):
         """Shuffle the documents of a whole corpus; write its end as val and the rest as train."""
+        tokens = corpus.tokens
         if len(tokens) < 2:
             self.raise_too_few(len(tokens))
         documents = np.split(tokens, np.flatnonzero(tokens == self.eot)[1:])
@@ -270,55 +341,77 @@ class ShardWriter:
         cut = min(max(cut, 1), len(tokens) - 1)  # at least one token in each split
         num_train = np.count_nonzero(tokens[:cut] == self.eot)  # documents that begin in train
         val_first = [*order[num_train:], *order[:num_train]]
-        self.marks = bytearray(self.marks[i] for i in val_first)
+        marks = bytes(corpus.marks[i] for i in val_first)
         tokens = np.concatenate([tokens[cut:], tokens[:cut]])
-        self.write_shards(tokens, min_tokens=1, val_size=len(tokens) - cut)
+        self.pending.append(Chunk(tokens, marks, corpus.num_bytes))
+        self.num_pending = len(tokens)
+        self.write_shards(min_tokens=1, val_size=len(tokens) - cut)
 
     def raise_too_few(self, num_tokens):
         limit = self.settings.get("max_tokens")
         within = f" in whole documents within --max_tokens {limit}" if limit else " in all"
-        raise UserError(f"{self.settings['source']}: {num_tokens} tokens{within}, too few for two "
-                        "splits")
+        expected = "two splits"
+        if self.part != WHOLE:
+            within = f" in part {self.part.number}"
+            expected = f"{self.part.count} parts; choose fewer"
+        raise UserError(f"{self.settings['source']}: {num_tokens} tokens{within}, too few for "
+                        f"{expected}")
 
-    def write_shards(self, tokens, min_tokens, val_size=None):
-        """Write shards while at least min_tokens are left. Returns the tokens that are left.
+    def write_shards(self, min_tokens, val_size=None):
+        """Cut shards from what is pending while that has at least min_tokens; a thread writes them.
 
         val_size: tokens of shard 0, where that differs from the other shards.
         """
-        while len(tokens) >= min_tokens:
+        while self.num_pending >= min_tokens:
             size = self.shard_size
-            if not self.shards:
-                size = val_size or size
-                if self.is_large and self.head is not None:
-                    # The tokenizer may have seen what follows the first `head` bytes.
-                    within_head, _ = measure(self.token_sizes, tokens, self.head)
-                    size = max(1, min(size, within_head))
-            self.write_shard(tokens[:size])
-            tokens = tokens[size:]
-        return tokens
+            if not self.has_val:
+                size = self.size_of_val(val_size or size)
+                self.has_val = True
+            tokens = self.take_pending(size)
+            self.wait_for_writes(self.MAX_WRITES - 1)
+            self.writes.append(self.writer.submit(self.write_shard, tokens))
 
-    def write_shard(self, tokens):
+    def size_of_val(self, size):
+        """How many of `size` tokens shard 0 has: it ends before what the tokenizer may have seen.
+
+        The tokenizer may have seen what follows the first `head` bytes of a large corpus.
+        """
+        if not self.is_large or self.head is None:
+            return size
+        tokens = join_chunks(self.pending).tokens
+        within_head, _ = measure(self.token_sizes, tokens, self.head)
+        return max(1, min(size, within_head))
+
+    def wait_for_writes(self, max_writes):
+        """Wait until at most max_writes shards are being written. Raises what stopped a write."""
+        while len(self.writes) > max_writes:
+            self.writes.popleft().result()
+
+    def write_shard(self, chunk):
         """Add a shard to meta.json, then write the shard."""
-        split = "train" if self.shards else "val"
-        path = self.root / f"{self.settings['prefix']}_{split}_{len(self.shards):06d}.npy"
+        tokens, index = chunk.tokens, len(self.shards)
+        if index == self.part.max_shards():
+            raise UserError(f"part {self.part.number} has more than {index} shards: choose a "
+                            "larger --shard_size, or fewer parts")
+        index += self.part.first_index()
+        split = "train" if index else "val"
+        path = self.root / f"{self.settings['prefix']}_{split}_{index:06d}.npy"
         starts = np.flatnonzero(tokens == self.eot)
-        num_documents = len(starts)
-        if num_documents:
+        if len(starts):
             last_doc_tokens = len(tokens) - int(starts[-1])
         else:  # the middle of a long document
             last_doc_tokens = len(tokens) + (self.shards[-1]["begun"] if self.shards else 0)
         self.shards.append({
             "name": path.name,
             "tokens": len(tokens),
-            "bytes": measure(self.token_sizes, tokens)[1],
-            "documents": num_documents,
-            "empty": self.marks.count(EMPTY, 0, num_documents),
-            "repaired": self.marks.count(REPAIRED, 0, num_documents),
+            "bytes": chunk.num_bytes,
+            "documents": len(starts),
+            "empty": chunk.marks.count(EMPTY),
+            "repaired": chunk.marks.count(REPAIRED),
             # Tokens of the last document so far: a continued run skips that many of it.
             "begun": last_doc_tokens,
             "crc32": shard_checksum(tokens),
         })
-        del self.marks[:num_documents]
         self.save_meta()  # before the shard, so that every shard on disk has its record
         if not path.exists():
             save_shard(path, tokens)

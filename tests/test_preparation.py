@@ -37,18 +37,19 @@ def bpe():
                     | st.characters(), max_size=60))
 def test_gpt2_pieces_are_those_of_openai(gpt2, ours, text):
     """Our spelling of the split pattern, or the one call for many documents, changes a token."""
-    tokens, marks = encode_chunk(ours, [text, "second", text])
+    tokens, marks, num_bytes = encode_chunk(ours, [text, "second", text])
     one = [50256, *gpt2.encode_ordinary(text)]
     assert tokens.tolist() == one + [50256, *gpt2.encode_ordinary("second")] + one
     assert ours.eot_token == 50256
     assert ours.n_vocab == 50257
     assert len(marks) == 3
+    assert num_bytes == len((text + "second" + text).encode())
 
 
 def test_a_million_spaces(bpe):
     """GPT-2's pattern overflows the stack of tiktoken's regex, and the text is lost."""
     for text in (" " * 1_100_000 + "x", "x" + "\n" * 1_100_000):
-        tokens, _ = encode_chunk(bpe, ["before", text, "after"])
+        tokens, _, _ = encode_chunk(bpe, ["before", text, "after"])
         assert bpe.decode(tokens.tolist()) == EOT + "before" + EOT + text + EOT + "after"
 
 

@@ -38,7 +38,7 @@ def test_directory_tree_is_read_in_sorted_order(tmp_path):
     (tmp_path / "e").mkdir()
     for name, text in (("b.md", "one"), ("a.txt", "zwei <|endoftext|>"), ("e/c.txt", "")):
         (tmp_path / name).write_text(text)
-    _, read = open_files(tmp_path / "**")
+    read = open_files(tmp_path / "**").read
     assert list(read(0)) == ["zwei <|endoftext|>", "one", ""]
     assert list(read(2)) == [""]
 
@@ -82,8 +82,7 @@ def test_unreadable_files(tmp_path, name, words):
     """What cannot be read ends in a traceback, or in a message that does not say where it is."""
     write_bad_files(tmp_path)
     with pytest.raises(UserError) as error:
-        _, read = open_files(tmp_path / name)
-        list(read(0))
+        list(open_files(tmp_path / name).read(0))
     message = str(error.value)
     for word in words:
         assert word in message
