@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
+from gptlib.float32_head import Float32Head, can_give_float32
 from gptlib.packing import can_pack, pack
 from gptlib.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
@@ -125,6 +126,8 @@ class Engine:
         self.last_tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         use_packed = on_cpu and not compile and can_pack(weight.dtype)
         self.model = pack(model) if use_packed else model
+        if use_packed and can_give_float32(model.lm_head):
+            self.model.lm_head = Float32Head(model.lm_head)
         self.decode_step = self._make_decode_step(compile)
         depth = self.decode_step.async_depth if async_depth is None else async_depth
         self.async_depth = depth
