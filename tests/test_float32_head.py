@@ -23,7 +23,7 @@ def make_head(weight):
     return head
 
 
-@pytest.mark.parametrize("scale", [1e-4, 0.02, 3.0])
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 3.0])
 @pytest.mark.parametrize("rows", [1, 8])
 @torch.inference_mode()
 def test_logits_are_not_rounded_to_bfloat16(scale, rows):
