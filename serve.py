@@ -96,6 +96,11 @@ class Settings:
     slots: int = setting(8, "sequences that are decoded at a time", 1, 1024)
     queue_size: int = setting(
         64, "sequences that may wait for a slot; more are refused with 429", 0, 10000)
+    prefill_chunk: int = setting(
+        0, "tokens of prompts read between two tokens of the running sequences; 0: as many as "
+        "take the time of one such token, measured at the start", 0)
+    prefix_reuse: bool = setting(
+        True, "the beginning of a prompt that the cache holds already is not read again")
     request_timeout: float = setting(
         300.0, "seconds after which an unfinished request gets 504", 0.01)
 

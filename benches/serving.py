@@ -1,12 +1,16 @@
-"""Tokens a second over HTTP, beside the engine without it."""
+"""Tokens a second over HTTP, beside the engine without it, and the time to the first token."""
 
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import json
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,25 +30,102 @@ def offline_tokenizer():
 
 
 def request_completion(port, prompt, length, seed, stream):
-    """Ask serve.py for a completion, whole or streamed. Returns the number of its tokens."""
+    """Ask serve.py for a completion, whole or streamed.
+
+    Returns the number of its tokens, and when its pieces arrived, in seconds from the request on:
+    of a whole one, the end.
+    """
     body = dict(prompt=prompt, max_tokens=length, top_k=50, seed=seed, stream=stream,
                 stream_options=dict(include_usage=True) if stream else None)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     headers = {"Content-Type": "application/json"}
+    start = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    text = connection.getresponse().read().decode()
-    answer = json.loads(text.split("data: ")[-2] if stream else text)
-    return answer["usage"]["completion_tokens"]
+    lines, times = [], []
+    for line in connection.getresponse():
+        if line.strip():
+            lines.append(line.decode())
+            times.append(time.perf_counter() - start)
+    if stream:
+        usage, done = lines[-2:]
+        assert done.strip() == "data: [DONE]", done
+        return json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"], times[:-2]
+    return json.loads("".join(lines))["usage"]["completion_tokens"], times[-1:]
 
 
-def clients(port, prompts, length, stream):
-    """One client for each prompt, all at once."""
+def clients(port, prompts, length, stream, first_tokens=None):
+    """One client for each prompt, all at once. first_tokens: a list for the times they waited."""
     def work():
         with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
             answers = [pool.submit(request_completion, port, prompt, length, seed, stream)
                        for seed, prompt in enumerate(prompts)]
-            return sum(answer.result() for answer in answers)
+            n_tokens = 0
+            for answer in answers:
+                n, times = answer.result()
+                n_tokens += n
+                if first_tokens is not None:
+                    first_tokens.append(times[0])
+            return n_tokens
     return work
+
+
+def percentile(values, percent):
+    """The smallest of the values that `percent` of them do not exceed (nearest rank)."""
+    rank = math.ceil(percent / 100 * len(values))
+    return sorted(values)[max(rank, 1) - 1]
+
+
+# -----------------------------------------------------------------------------
+# a newcomer with a long prompt, while others are being served
+
+
+def newcomer(port, prompts, long_prompt, length):
+    """One client for each prompt; when all have text, another one comes with long_prompt.
+
+    Returns the time the newcomer waited for its first token, the longest time that any of the
+    others waited for a piece meanwhile, and the median of such times before: all in seconds.
+    """
+    with concurrent.futures.ThreadPoolExecutor(len(prompts) + 1) as pool:
+        start = time.perf_counter()
+        others = [pool.submit(request_completion, port, prompt, length, seed, True)
+                  for seed, prompt in enumerate(prompts)]
+        time.sleep(1.5)  # by now all have a slot
+        arrival = time.perf_counter() - start
+        _, times = request_completion(port, long_prompt, 2, 0, True)
+        first_token = times[0]
+        before, meanwhile = [], []
+        for other in others:
+            _, times = other.result()
+            for previous, now in itertools.pairwise(times):
+                if arrival <= now and previous <= arrival + first_token:
+                    meanwhile.append(now - previous)
+                elif now < arrival:
+                    before.append(now - previous)
+    return first_token, max(meanwhile), statistics.median(before)
+
+
+def bench_newcomer(servers, n_clients, rounds):
+    """The times of `newcomer`, medians over rounds; servers: {name: port}, which take turns."""
+    prompts = torch.randint(50257, (n_clients - 1, 16)).tolist()
+    rounds_of = {name: [] for name in servers}
+    for _ in range(rounds + 1):
+        long_prompt = torch.randint(50257, (1000,)).tolist()  # new: no cache has it
+        for name, port in servers.items():
+            rounds_of[name].append(newcomer(port, prompts, long_prompt, 250))
+    results = {}
+    log(f"\na newcomer's prompt of 1,000 tokens beside {n_clients - 1} streams")
+    for name, figures in rounds_of.items():
+        # the first round does not count: it warms up
+        first, longest, usual = map(statistics.median, zip(*figures[1:], strict=True))
+        results[name] = dict(first_token=first, longest_wait=longest, usual_wait=usual)
+        log(f"  {name:42} first token after {first:.2f} s; the others wait for "
+            f"{longest * 1e3:.0f} ms at most, {usual * 1e3:.0f} ms before it came: "
+            f"x {longest / usual:.1f}")
+    return results
+
+
+# -----------------------------------------------------------------------------
+# the server
 
 
 @contextlib.contextmanager
@@ -67,33 +148,51 @@ def running_server(**settings):
         server.wait()
 
 
+def write_checkpoint(model, folder):
+    """The model with a tokenizer that has to be downloaded from nowhere; returns the file."""
+    checkpoint = Path(folder) / "gpt2_shape.pt"
+    torch.save(dict(model=model.state_dict(), config=asdict(model.config),
+                    tokenizer=tokenizer_to_dict(offline_tokenizer())), checkpoint)
+    return checkpoint
+
+
 def bench_serve(args):
     """Tokens per second that all clients together get from serve.py, whole and streamed.
 
-    As many clients as `streams` ask at once, beside the engine alone with the same prompts.
+    As many clients as `streams` ask at once, beside the engine alone with the same prompts; then
+    how long a newcomer with a long prompt waits, and others for it, with prompts read in chunks
+    and at once.
     """
     device, dtype, model = gpt2_to_decode(args)
     # a different prompt for each client, so that no cache can serve one with another's
     all_prompts = torch.randint(50257, (max(args.streams), 16)).tolist()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "gpt2_shape.pt"
-        torch.save(dict(model=model.state_dict(), config=asdict(model.config),
-                        tokenizer=tokenizer_to_dict(offline_tokenizer())), checkpoint)
-        with running_server(model_checkpoint=checkpoint, slots=max(args.streams),
-                            device=args.device, dtype=args.dtype, compile=args.compile) as port:
+        settings = dict(model_checkpoint=write_checkpoint(model, folder),
+                        slots=max(args.streams), device=args.device, dtype=args.dtype,
+                        compile=args.compile)
+        with running_server(**settings) as port:
             for n in args.streams:
                 prompts = all_prompts[:n]
                 engine = decode_engine(model, prompts, args.length, args.compile, stop_token=50256)
+                first_tokens = []
                 contenders = {
                     "serve.py": clients(port, prompts, args.length, False),
-                    "serve.py, streamed": clients(port, prompts, args.length, True),
+                    "serve.py, streamed":
+                        clients(port, prompts, args.length, True, first_tokens),
                     "inference.py without HTTP": engine,
                 }
                 title = f"{n} clients x {args.length} tokens, {dtype_name(dtype)}, {device.type}"
                 results[title] = take_turns(contenders, args.rounds, "tok")
                 show_results(title, results[title])
-    rates = [contender[0]["median"] for contender in results.values()]
-    log(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
-           f"what {args.streams[0]} gets")
+                half, most = (percentile(first_tokens[n:], percent) for percent in (50, 99))
+                results[f"first token, {n} clients"] = dict(p50=half, p99=most)
+                log(f"  time to the first token: p50 {half:.3f} s, p99 {most:.3f} s")
+            rates = [results[title][0]["median"] for title in results if " x " in title]
+            log(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
+                f"what {args.streams[0]} gets")
+            if max(args.streams) > 1:
+                with running_server(**settings, prefill_chunk=model.config.block_size) as other:
+                    servers = {"in chunks": port, "at once": other}
+                    results["newcomer"] = bench_newcomer(servers, max(args.streams), args.rounds)
     return results

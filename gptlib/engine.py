@@ -1,16 +1,24 @@
 """The KV-cache engine: it continues many sequences of tokens at a time, and knows no text."""
 
+import math
 import queue
 import random
+import statistics
+import time
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
+from gptlib.float32_head import Float32Head, can_give_float32
 from gptlib.packing import can_pack, pack
 from gptlib.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
+from gptlib.slots import Slots
+
+# a forward pass over a few tokens takes as long as this many tokens more in a larger one
+PASS_COST = 16
 
 
 class Request:
@@ -19,7 +27,7 @@ class Request:
     tokens: the continuation so far. events: the same tokens as they come, then None.
     finish_reason: None while it goes on; then "stop" (at the stop token, which is not in tokens),
     "length", "error" (the exception is in `error`), or the reason that was given to cancel().
-    seed repeats the sample.
+    seed repeats the sample. n_reused: tokens of the prompt that were in the cache already.
     """
 
     def __init__(self, prompt, params):
@@ -36,7 +44,12 @@ class Request:
         self.ended = False  # the engine has finished with it and has put None into events
         self.window_start = 0  # the cache holds prompt + tokens from this index on,
         self.pos = 0  # and this many tokens of it
+        self.n_reused = 0
         self.n_sampled = 0  # tokens sampled, including those not collected yet
+
+    def window(self):
+        """The tokens from window_start on: what the model is to read of the sequence."""
+        return (self.prompt + self.tokens)[self.window_start:]
 
     def cancel(self, reason="cancelled"):
         """Have the engine drop it before the next token; no effect on a finished request."""
@@ -53,6 +66,14 @@ class Request:
         if not self.ended:
             self.ended = True
             self.events.put(None)
+
+
+@dataclass
+class Filling:
+    """The sequence whose tokens are being read into a slot; None as long as it has no slot yet."""
+    request: Request
+    tokens: list
+    slot: int = None
 
 
 @dataclass
@@ -76,26 +97,37 @@ class Engine:
     compile=True rounds the shapes of the decode step up to a few and gives it to torch.compile. On
     CUDA the step is recorded as graphs. async_depth is how many steps may be under way before
     their tokens are collected (default: 1 on CUDA, so that the GPU never waits, else 0).
+
+    prefill_chunk: how many tokens of prompts are read in a step while other sequences are live,
+    so that these wait only for so long (default: whole prompts). With prefix_reuse the beginning
+    of a prompt that a slot holds already, of a sequence that is live or has ended, is copied from
+    there. Neither changes the text, except where rounding decides between tokens about equally
+    likely: the last bits of keys and values depend on how many tokens were read at a time.
     """
 
     def __init__(self, model, slots=1, n_vocab=None, stop_token=None, compile=False,
-                 async_depth=None):
+                 async_depth=None, prefill_chunk=None, prefix_reuse=True):
         weight = model.eval().lm_head.weight
         self.device = weight.device
         self.block_size = model.config.block_size
         self.slots = slots
         self.n_vocab = n_vocab or model.config.vocab_size
         self.stop_token = stop_token
+        self.prefill_chunk = prefill_chunk
         self.live = []
+        self.filling = None
         self.waiting = deque()
         self.pending = deque()  # SampledTokens, oldest first
 
         on_cpu = self.device.type == "cpu"
         # on a CPU attention of one query is several times faster in float32, and more accurate
         self.cache = model.new_cache(slots, dtype=torch.float32 if on_cpu else None)
+        self.contents = Slots(self.cache, keep=prefix_reuse)
         self.last_tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         use_packed = on_cpu and not compile and can_pack(weight.dtype)
         self.model = pack(model) if use_packed else model
+        if use_packed and can_give_float32(model.lm_head):
+            self.model.lm_head = Float32Head(model.lm_head)
         self.decode_step = self._make_decode_step(compile)
         depth = self.decode_step.async_depth if async_depth is None else async_depth
         self.async_depth = depth
@@ -132,6 +164,37 @@ class Engine:
                 self.submit([0], max_length=2, temperature=0)
             while self.step():
                 pass
+        self.contents.forget_all()
+
+    def measure_prefill_chunk(self):
+        """Set prefill_chunk to as many tokens as are read in the time of one step of all slots.
+
+        To be called before the first request is submitted. Where even a few tokens take longer, as
+        on a GPU, whose decode step is recorded, it is as many as take hardly longer than a few.
+        """
+        assert not self.live, "the measurement writes into the cache"
+        size = self.decode_step.shape(self.slots, self.block_size)[1]
+        positions = self._to_device([[size - 1]] * self.slots)
+        with torch.inference_mode(), self.decode_step.device_context():
+            limit = self._time(lambda: self.decode_step.run(self.slots, size, positions))
+            chunk = n = min(16, self.block_size)
+            limit = max(limit, 1.25 * self._time(lambda: self._read([0] * n, 0, n, slot=0)))
+            while n < self.block_size:
+                n = min(2 * n, self.block_size)
+                if self._time(lambda n=n: self._read([0] * n, 0, n, slot=0)) > limit:
+                    break
+                chunk = n
+        self.prefill_chunk = chunk
+
+    def _time(self, work):
+        """Seconds that work takes, the median of three times after a first one."""
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            self.last_tokens.tolist()  # waits until the device is done
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
 
     def step(self):
         """Retire finished requests, admit waiting ones, sample one token for each.
@@ -147,11 +210,13 @@ class Engine:
             allowed = self.async_depth if self.live else 0
             while len(self.pending) > allowed:
                 self._collect()
-        return bool(self.live or self.waiting)
+        return bool(self.live or self.filling or self.waiting)
 
     def abort(self, error):
         """End all requests that have or had a slot with this error; waiting ones stay queued."""
         requests = list(self.live)
+        if self.filling:
+            requests.append(self.filling.request)
         for sampled in self.pending:
             requests += sampled.requests
         for request in requests:
@@ -159,39 +224,114 @@ class Engine:
             request.end()
         self.live.clear()
         self.pending.clear()
+        self.filling = None
+        self.contents.forget_all()  # the step may have failed while it moved them
 
     def _retire_finished(self):
         for slot in reversed(range(len(self.live))):
             if self.live[slot].finish_reason:
                 self._retire(slot)
+        if self.filling and self.filling.request.finish_reason:
+            self.filling.request.end()
+            self.filling = None  # its slot holds what has been read so far
         for request in list(self.waiting):
             if request.finish_reason:
                 self.waiting.remove(request)
                 request.end()
 
     def _admit(self):
-        """Prefill waiting requests while there are slots, and sample the first token of each."""
-        previous = None  # the request admitted before, its slot and logits
-        while self.waiting and len(self.live) < self.slots:
+        """Read prompts while there are slots, and sample the first token of each.
+
+        While other sequences are live, no more is read than prefill_chunk allows; the next step
+        goes on from there.
+        """
+        budget = self.prefill_chunk + PASS_COST if self.prefill_chunk else math.inf
+        previous = None  # tokens, slot and logits of the sequence admitted before
+        while self._take_waiting():
+            filling = self.filling
+            try:
+                if previous and previous[0] == filling.tokens:
+                    # several samples of one prompt: it is read once
+                    logits = previous[2]
+                    self._claim_slot(previous[1], len(filling.tokens))
+                else:
+                    n = len(filling.tokens) - filling.request.pos
+                    if self.live:
+                        n = min(n, budget - PASS_COST)
+                        budget -= n + PASS_COST
+                    if n <= 0:
+                        return
+                    logits = self._fill(n)
+                if logits is not None:
+                    slot = self._make_live()
+                    previous = filling.tokens, slot, logits
+                    self._sample(slot, logits)
+            except Exception as error:
+                self._drop(filling.request, error)
+
+    def _take_waiting(self):
+        """Have a sequence to fill, if any waits and there is a slot; returns whether there is."""
+        while not self.filling and self.waiting and len(self.live) < self.slots:
             request = self.waiting.popleft()
             if request.finish_reason:
                 request.end()
-                continue
-            slot = len(self.live)
-            self.live.append(request)
-            try:
-                if previous and previous[0].prompt == request.prompt:
-                    # several samples of one prompt: it is prefilled once
-                    twin, twin_slot, logits = previous
-                    request.pos = twin.pos
-                    self._copy_slot(twin_slot, slot, twin.pos)
-                else:
-                    logits = self._prefill(slot)
-                self._sample(slot, logits)
-                previous = request, slot, logits
-            except Exception as error:
-                request.fail(error)
-                self._retire(slot)
+            else:
+                self.filling = Filling(request, request.window())
+        return self.filling is not None
+
+    def _claim_slot(self, source, n_shared):
+        """Give the sequence to fill a slot that begins with n_shared tokens of the slot `source`."""
+        filling, request = self.filling, self.filling.request
+        filling.slot = len(self.live)
+        self.contents.claim(filling.slot, source, n_shared)
+        request.pos = n_shared
+        if not request.n_sampled:
+            request.n_reused = n_shared
+
+    def _fill(self, n):
+        """Read up to n more tokens; returns the next logits, (1, vocab_size), after the last."""
+        filling, request = self.filling, self.filling.request
+        if filling.slot is None:
+            self._claim_slot(*self.contents.find(filling.tokens, self.live))
+        end = min(request.pos + n, len(filling.tokens))
+        self.contents.forget(filling.slot)  # should reading fail
+        logits = self._read(filling.tokens, request.pos, end, filling.slot)
+        request.pos = end
+        self.contents.hold(filling.slot, request)
+        return logits
+
+    def _read(self, tokens, start, end, slot):
+        """Fill a slot with tokens[start:end]; returns the next logits, None before the last."""
+        idx = self._to_device([tokens[start:end]])
+        # nearly every prompt has a length of its own
+        with without_cudnn_attention(self.device):
+            if start == 0:
+                args = idx, self.cache.narrow(slot, 1, self.block_size)
+            else:
+                pos = torch.arange(start, end, device=self.device)[None]  # (1, end - start)
+                args = idx, self.cache.narrow(slot, 1, end), pos
+            if end == len(tokens):
+                return self._forward(*args)
+            self.model.hidden(*args)
+
+    def _make_live(self):
+        """Let the sequence that has been filled be decoded; returns its slot."""
+        slot, request = len(self.live), self.filling.request
+        self.contents.move(self.filling.slot, slot, request.pos)  # where others ended meanwhile
+        self.live.append(request)
+        self.filling = None
+        return slot
+
+    def _drop(self, request, error):
+        """End a request that has failed while it was filled or sampled for the first time."""
+        request.fail(error)
+        if request in self.live:
+            self._retire(self.live.index(request))
+            return
+        if self.filling.slot is not None:
+            self.contents.forget(self.filling.slot)
+        self.filling = None
+        request.end()
 
     def _roll_contexts(self):
         """Make room in the sequences that have filled the context."""
@@ -203,34 +343,21 @@ class Engine:
                 self._roll_context(slot)
 
     def _roll_context(self, slot):
-        """Drop the oldest half of a sequence's context and prefill the rest.
+        """Drop the oldest half of a sequence's context and have the rest read like a prompt.
 
-        A sequence that turns out to have ended leaves its slot.
+        It leaves its slot, and is the first to get one in the next step.
         """
         request = self.live[slot]
-        while self.pending:  # the tokens already sampled are part of what is prefilled
+        while self.pending:  # the tokens already sampled are part of what is read
             self._collect()
-        if request.finish_reason:
-            self._retire(slot)
-            return
-        request.window_start += max(1, self.block_size // 2)
-        try:
-            self._sample(slot, self._prefill(slot))
-        except Exception as error:
-            request.fail(error)
-            self._retire(slot)
+        self._retire(slot)
+        if not request.finish_reason:
+            request.window_start += max(1, self.block_size // 2)
+            request.pos = 0
+            self.waiting.appendleft(request)
 
     def _forward(self, idx, cache, pos=None):
         return next_logits(self.model, idx, cache, pos)
-
-    def _prefill(self, slot):
-        """Fill a slot with its sequence in one pass; returns the next logits, (1, vocab_size)."""
-        request = self.live[slot]
-        tokens = (request.prompt + request.tokens)[request.window_start:]
-        request.pos = len(tokens)
-        cache = self.cache.narrow(slot, 1, self.block_size)
-        with without_cudnn_attention(self.device):  # nearly every prompt has a length of its own
-            return self._forward(self._to_device([tokens]), cache)
 
     def _decode_and_sample(self):
         try:
@@ -248,6 +375,10 @@ class Engine:
         positions += [0] * (rows - n_live)
         for request in self.live:
             request.pos += 1
+        if rows > n_live:
+            # a row without a sequence writes what its slot has at position 0 already
+            unused = self.contents.first_tokens(n_live, rows)
+            self.last_tokens[n_live:rows] = self._to_device(unused)[:, None]
         pos = self._to_device(positions)[:, None]  # (rows, 1)
         return self.decode_step.run(rows, size, pos)[:n_live]
 
@@ -308,22 +439,19 @@ class Engine:
                 request.end()
 
     def _retire(self, slot):
-        """Free a slot. The request of the last slot moves there: live slots stay side by side."""
+        """Free a slot. The request of the last slot moves there: live slots stay side by side.
+
+        What the slot held is kept, in the place of the last one, for prompts that begin like it.
+        """
         request, last = self.live[slot], self.live.pop()
         last_slot = len(self.live)
         if slot != last_slot:
             self.live[slot] = last
-            self._copy_slot(last_slot, slot, last.pos)
+            self.contents.exchange(slot, request, last_slot, last)
             self.last_tokens[slot] = self.last_tokens[last_slot]
+        self.contents.release(last_slot, request)
         if request.finish_reason:
             request.end()
-
-    def _copy_slot(self, source, target, length):
-        """Copy the first `length` cached positions of one slot to another."""
-        if source == target:
-            return
-        for tensor in self.cache.keys + self.cache.values:
-            tensor[target, :, :length] = tensor[source, :, :length]
 
     def _to_device(self, values):
         return torch.tensor(values).to(self.device, non_blocking=True)

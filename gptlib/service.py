@@ -47,6 +47,10 @@ class Metrics:
         self.prompt_tokens = Counter(
             "gpt2_prompt_tokens_total", "Tokens of prompts, counted for each sequence",
             registry=registry)
+        self.reused_tokens = Counter(
+            "gpt2_reused_prompt_tokens_total",
+            "Tokens of prompts that were in the cache already and were not read again",
+            registry=registry)
         self.tokens = Counter(
             "gpt2_generated_tokens_total", "Tokens generated", registry=registry)
         self._add_gauges(service)
@@ -122,6 +126,7 @@ class Job:
                 traceback.print_exception(request.error)
             service.metrics.sequences.labels(request.finish_reason).inc()
             service.metrics.tokens.inc(len(request.tokens))
+            service.metrics.reused_tokens.inc(request.n_reused)
         service.wake.set()
 
 
@@ -201,8 +206,11 @@ class Service:
         parameters = sum(p.numel() for p in model.parameters())
         use_one_thread_if_small(model)
         engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token,
-                        settings.compile)
+                        settings.compile, prefill_chunk=settings.prefill_chunk,
+                        prefix_reuse=settings.prefix_reuse)
         engine.warm_up()
+        if settings.prefill_chunk == 0:
+            engine.measure_prefill_chunk()
         # latest_checkpoint.pt is a link: the name is that of the file it leads to
         checkpoint_name = Path(settings.model_checkpoint).resolve().stem
         self.name = settings.model_name or checkpoint_name
@@ -228,7 +236,8 @@ class Service:
         """(sequences that have a slot, sequences that wait for one)."""
         if self.engine is None:
             return 0, 0
-        return len(self.engine.live), len(self.engine.waiting)
+        engine = self.engine
+        return len(engine.live) + (engine.filling is not None), len(engine.waiting)
 
     def check_open(self):
         """Raise ApiError 503 unless requests are accepted."""

@@ -62,6 +62,10 @@ def test_health_and_metrics_report_the_state(server, model):
     assert server.metric("gpt2_http_requests_total", route="/generate") == before[1] + 2
     assert server.metric("gpt2_time_to_first_token_seconds_count") > 0
     assert server.metric("gpt2_http_request_duration_seconds_count", route="/generate") > 0
+    reused = server.metric("gpt2_reused_prompt_tokens_total")
+    for _ in range(2):
+        server.post(prompt="a beginning of 40 letters, all its own: end", max_length=2)
+    assert server.metric("gpt2_reused_prompt_tokens_total") == reused + 42
     assert server.metric("gpt2_slots") == 4
     assert server.metric("gpt2_queue_sequences") == 0
     for line in server.get("/metrics").text.splitlines():
