@@ -280,7 +280,7 @@ class Engine:
         return self.filling is not None
 
     def _claim_slot(self, source, n_shared):
-        """Give the sequence to fill a slot that begins with n_shared tokens of the slot `source`."""
+        """Give the sequence a slot, which begins with n_shared tokens of the slot `source`."""
         filling, request = self.filling, self.filling.request
         filling.slot = len(self.live)
         self.contents.claim(filling.slot, source, n_shared)

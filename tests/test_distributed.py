@@ -138,7 +138,7 @@ def test_each_start_has_a_name_of_its_own(agent_store, size):
     assert len({names[0] for names in starts}) == 3
 
 
-def test_what_the_dead_have_asked_is_not_answered_for_the_living(agent_store):
+def test_a_restart_ignores_addresses_of_the_dead(agent_store):
     """Guards against a rank that is taken for present because its predecessor was, killed while it
     waited."""
     agent_store.set("start/id_of_rank/1", "killed before rank 0 answered")
