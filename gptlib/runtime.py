@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from gptlib.attendance import describe_failure, is_failed_exchange
 from gptlib.common import UserError, first_line, warn
 
 # The longest that rank 0 works while the others wait for it: samples, or reading a large
@@ -51,7 +52,12 @@ def distributed():
     # sends to the others
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    yield World(rank, local_rank, size)
+    try:
+        yield World(rank, local_rank, size)
+    except Exception as e:
+        if is_failed_exchange(e):
+            raise UserError(describe_failure(e, rank, size)) from e
+        raise
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 
