@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from gptlib.attendance import describe_failure, is_failed_exchange
 from gptlib.common import UserError, first_line, warn
 
 # The longest that rank 0 works while the others wait for it: samples, or reading a large
@@ -57,7 +58,12 @@ def distributed():
     store = dist.PrefixStore(agree_on_name(store, rank, size), store)
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, world_size=size, rank=rank,
                             store=store)
-    yield World(rank, local_rank, size)
+    try:
+        yield World(rank, local_rank, size)
+    except Exception as e:
+        if is_failed_exchange(e):
+            raise UserError(describe_failure(e, rank, size)) from e
+        raise
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 

@@ -36,7 +36,7 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_s
 
 pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("GPU_TESTS_ON") == "cpu"
-N_STEPS = 50
+N_STEPS = 20 if REHEARSAL else 50
 TRAINING = {**TINY, "n_embd": 128, "block_size": 128, "total_batch_size": 4096, "batch_size": 16,
             "max_steps": N_STEPS, "max_lr": 2e-3, "warmup_steps": 10, "eval_interval": N_STEPS,
             "val_tokens": 10000, "num_samples": 0, "checkpoint_interval": 1000}
@@ -129,7 +129,7 @@ def test_50_steps_follow_float32_on_the_cpu(device, data, expected, tmp_path, dt
     val_loss = train(TrainConfig(**settings, data_root=str(data), log_dir=str(tmp_path / "log")))
     losses, (expected_losses, expected_val_loss) = losses_of(tmp_path / "log"), expected(optimizer)
     assert len(losses) == N_STEPS
-    assert expected_losses[-1] < expected_losses[0] - 2, "the reference learns nothing"
+    assert expected_losses[-1] < expected_losses[0] - 1, "the reference learns nothing"
     worst = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
     assert worst < tolerance, (losses, expected_losses)
     assert val_loss == pytest.approx(expected_val_loss, abs=tolerance)
