@@ -227,7 +227,12 @@ def register_errors(app, settings, limiter):
             message = (f"the body is too large: expected at most {settings.max_body_size} bytes "
                        "(MAX_BODY_SIZE)")
         elif error.code == 429:
-            retry_after = max(1, int(limiter.current_limit.reset_at - time.time()))
+            seconds = limiter.current_limit.reset_at - time.time()
+            if seconds > limiter.current_limit.limit.get_expiry() + 1:
+                # the clock has been set back: all would have to wait until it has caught up
+                limiter.reset()
+                seconds = 1
+            retry_after = max(1, int(seconds))
             message = (f"more than {error.description}, the rate limit; "
                        f"try again in {retry_after} seconds")
         response = error_response(ApiError(error.code, message, retry_after=retry_after))

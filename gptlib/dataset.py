@@ -136,9 +136,35 @@ def read_meta(data_root):
     """The contents of meta.json as a dict, empty where there is no such file."""
     path = Path(data_root) / "meta.json"
     try:
-        return dict(json.loads(path.read_bytes()))
+        meta = dict(json.loads(path.read_bytes()))
+        check_meta(meta)
+        return meta
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error}): remove {data_root} and make the dataset "
                         "again") from error
+
+
+def check_meta(meta):
+    """Raise ValueError where meta.json has another form than this program writes.
+
+    Settings stand there only if fineweb.py made the dataset; it then continues an interrupted one
+    by the rest.
+    """
+    forms = {"tokenizer": str, "shards": list, "tokens": dict, "bytes": dict, "settings": dict}
+    for key, form in forms.items():
+        if not isinstance(meta.get(key, form()), form):
+            raise ValueError(f"{key} is {meta[key]!r}")
+    is_ours = "settings" in meta
+    missing = {"trained_within", "order", "shards"} - meta.keys()
+    if is_ours and missing:
+        raise ValueError(f"{' and '.join(sorted(missing))} is missing")
+    counts = {"tokens", "bytes", "documents", "empty", "repaired", "begun"} if is_ours else set()
+    for shard in meta.get("shards", []):
+        has_name = isinstance(shard, dict) and isinstance(shard.get("name"), str)
+        if not has_name or not all(isinstance(shard.get(key), int) for key in counts):
+            raise ValueError(f"one of the shards is {shard!r}")
+    for key in ("tokens", "bytes"):
+        if not all(isinstance(count, int) for count in meta.get(key, {}).values()):
+            raise ValueError(f"{key} is {meta[key]!r}")

@@ -195,5 +195,5 @@ def tokens_per_byte(data_root, split):
     None where meta.json does not tell.
     """
     meta = read_meta(data_root)
-    n_bytes = meta.get("bytes", {}).get(split)
-    return meta["tokens"][split] / n_bytes if n_bytes else None
+    n_tokens, n_bytes = (meta.get(key, {}).get(split) for key in ("tokens", "bytes"))
+    return n_tokens / n_bytes if n_tokens and n_bytes else None

@@ -6,6 +6,7 @@ meets.
     CAMPAIGN_SEED=7 python -m pytest -m campaign         # other kills, other damage
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -68,21 +69,35 @@ def progress(capsys):
 
 
 def start(argv, cwd, **env):
-    """Start a command in a process group of its own, its output in cwd/output.txt."""
+    """Start a command, its output in cwd/output.txt."""
     with open(cwd / "output.txt", "a") as output:
         return subprocess.Popen(argv, cwd=cwd, env={**environment(), **env}, stdout=output,
-                                stderr=output, start_new_session=True)
+                                stderr=output)
 
 
-def kill_group(process):
-    """kill -9 for a process and all that it started. Returns whether it was still running."""
-    was_running = process.poll() is None
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def children(pid):
+    """The pids of a process's children."""
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+def kill_all(process):
+    """kill -9 for a process and all that it started. Returns whether it was still running.
+
+    Not by its process group: torchrun's workers have groups of their own, and outlive it.
+    """
+    if process.poll() is not None:
+        return False
+    pids = [process.pid]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)  # so that it starts no others meanwhile
+        pids += children(pid)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    return was_running
+    return True
 
 
 def finish(process, cwd):
@@ -90,14 +105,8 @@ def finish(process, cwd):
     try:
         process.wait(HANGS)
     finally:
-        kill_group(process)
+        kill_all(process)
     return (cwd / "output.txt").read_text(errors="replace")
-
-
-def children(pid):
-    """The pids of a process's children."""
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(line) for line in done.stdout.split()]
 
 
 def wait_until(true, process=None, seconds=HANGS):

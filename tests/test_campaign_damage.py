@@ -20,6 +20,7 @@ from gptlib.checkpoint import load_checkpoint, load_initial_checkpoint
 from gptlib.common import UserError
 from gptlib.dataset import read_checksums, verify_shard
 from gptlib.loader import TokenLoader
+from gptlib.report import tokens_per_byte
 from gptlib.runtime import World
 from gptlib.tokenizer import load_tokenizer
 
@@ -236,6 +237,7 @@ def test_damaged_files_beside_the_shards(dataset, rng, progress):
         try:
             load_tokenizer(dataset)
             read_all(dataset)
+            tokens_per_byte(dataset, "val")
             n_read += 1
         except UserError as error:
             n_refused += 1

@@ -175,3 +175,15 @@ def test_a_damaged_header_gives_a_line(tmp_path, header):
     path.write_bytes(data[:10] + header + data[10 + len(header):])
     with pytest.raises(UserError, match="a whole shard"):
         open_shard(path)
+
+
+@pytest.mark.parametrize("meta", [
+    {"shards": [{"tokens": 3}]}, {"shards": 3}, {"shards": [3]}, {"tokenizer": None},
+    {"tokens": [1, 2]}, {"bytes": {"val": "many"}}, {"settings": {}, "shards": [], "order": None},
+    {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
+])
+def test_a_meta_json_of_another_form(tmp_path, meta):
+    """Damage that leaves valid JSON came through as a KeyError with a traceback."""
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="cannot read .*meta.json"):
+        read_meta(tmp_path)
