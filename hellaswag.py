@@ -33,6 +33,7 @@ import torch
 
 from gptlib.checkpoint import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
+from gptlib.quantize import QUANTIZE_CHOICES, quantize_int8
 from gptlib.runtime import (distributed, keep_freed_memory, resolve_device, resolve_dtype,
                             share_from_rank0)
 from gptlib.scoring import evaluate, load_examples
@@ -55,6 +56,8 @@ def parse_flags():
                         choices=("float32", "bfloat16", "float16", "auto"),
                         help="float32 (default) reproduces the published choice on every example; "
                              "the others are faster")
+    parser.add_argument("--quantize", default="none", choices=QUANTIZE_CHOICES,
+                        help="int8: with the linear layers in 8 bits, as inference.py runs them")
     parser.add_argument("--batch_tokens", type=int, default=0,
                         help="tokens per forward pass (default: depends on the device)")
     args = parser.parse_args()
@@ -81,8 +84,11 @@ def main():
         model, tokenizer = load_model(args.checkpoint_path or args.model_type)
         examples = load_examples(args.data)[:args.limit] if world.rank == 0 else None
         examples = share_from_rank0(examples, world)
+        model = model.to(device)
+        if args.quantize == "int8":
+            model = quantize_int8(model, dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        scores = evaluate(model.to(device), examples, tokenizer, autocast,
+        scores = evaluate(model, examples, tokenizer, autocast,
                           world.rank, world.size, args.batch_tokens)
         if world.rank == 0:
             print(f"{scores['examples']} examples, "

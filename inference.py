@@ -6,6 +6,8 @@ build-nanogpt or nanoGPT, or a Hugging Face directory:
 $ python inference.py
 $ python inference.py --checkpoint_path log/model_10000.pt --prompt "Hello, I'm" --max_length 200
 $ python inference.py --checkpoint_path hugging_face_directory --num_samples 8 --top_p 0.95
+Faster and in half the memory, with the linear layers in 8 bits:
+$ python inference.py --quantize int8
 A prompt from a file or from another program; the text goes to stdout, everything else to stderr:
 $ python inference.py --prompt FILE:story.txt --stop "THE END" > story_continued.txt
 $ git diff | python inference.py --prompt - --temperature 0
@@ -33,6 +35,7 @@ from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.engine import Engine
 from gptlib.gguf_export import dtype_from_name, export_gguf
+from gptlib.quantize import QUANTIZE_CHOICES, check_quantize, quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype, use_one_thread_if_small
 from gptlib.sampling import SamplingParams
 from gptlib.text import TextStream, encode_prompt
@@ -56,12 +59,14 @@ class LoadedModel:
     sample_prompt: str  # what the samples of its training run began with
 
 
-def load_for_sampling(path, device=None, dtype=None):
+def load_for_sampling(path, device=None, dtype=None, quantize=None):
     """The LoadedModel of a checkpoint file, a Hugging Face directory or a GPT-2 name.
 
     device: auto by default; dtype: a torch.dtype or its name, by default the one that suits the
-    device. The weights are converted once. Raises UserError for what cannot be loaded.
+    device; quantize: "int8" stores the linear layers in 8 bits. The weights are converted once.
+    Raises UserError for what cannot be loaded.
     """
+    check_quantize("quantize", quantize)
     device = resolve_device(str(device or "auto"))
     if not isinstance(dtype, torch.dtype):
         dtype = resolve_dtype(dtype or "auto", device)
@@ -71,15 +76,18 @@ def load_for_sampling(path, device=None, dtype=None):
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     check_vocabulary(f"the model of {str(path)!r}", model.config.vocab_size, tokenizer)
     model.tokenizer = tokenizer
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    if quantize == "int8":
+        model = quantize_int8(model.to(device), dtype)
+    else:
+        model = model.to(device, dtype).eval().requires_grad_(False)
     train_config = checkpoint.get("train_config", {})
     sample_prompt = train_config.get("sample_prompt", DEFAULT_PROMPT)
     return LoadedModel(model, tokenizer, checkpoint.get("step"), sample_prompt)
 
 
-def load_model_from_checkpoint(path, device=None, dtype=None):
+def load_model_from_checkpoint(path, device=None, dtype=None, quantize=None):
     """The GPT of a checkpoint, with its `.tokenizer`. Arguments and errors: load_for_sampling."""
-    return load_for_sampling(path, device, dtype).model
+    return load_for_sampling(path, device, dtype, quantize).model
 
 
 # -----------------------------------------------------------------------------
@@ -135,6 +143,9 @@ class InferenceConfig:
     dtype: str = setting(
         "auto", "of the weights: float32, bfloat16, float16, or auto: what suits the device",
         choices=("auto", "float32", "bfloat16", "float16"))
+    quantize: str = setting(
+        "none", "int8: the linear layers in 8 bits, half the bytes to read for a token",
+        choices=QUANTIZE_CHOICES)
     compile: bool = setting(
         False, "torch.compile the decode step: it takes a minute, decoding is faster then")
     export: str = setting(
@@ -193,6 +204,9 @@ def read_prompt(prompt):
 
 def export_checkpoint(config):
     """Write the checkpoint as a Hugging Face directory, or as a file if its name ends in .gguf."""
+    if config.quantize != "none":
+        raise UserError(f"--quantize {config.quantize} is for sampling: leave it out of an export "
+                        "(a file name-q8_0.gguf holds 8 bits)")
     is_gguf = config.export.endswith(".gguf")
     if is_gguf:
         if config.dtype != "auto":
@@ -230,7 +244,8 @@ def main():
         return
 
     prompt = None if config.prompt is None else read_prompt(config.prompt)
-    loaded = load_for_sampling(config.checkpoint_path, config.device, config.dtype)
+    loaded = load_for_sampling(
+        config.checkpoint_path, config.device, config.dtype, config.quantize)
     use_one_thread_if_small(loaded.model)
     prompt = loaded.sample_prompt if prompt is None else prompt
     engine = make_engine(loaded.model, loaded.tokenizer, config.num_samples, config.compile)

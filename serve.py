@@ -24,6 +24,7 @@ exits at once.
 """
 
 import dataclasses
+import functools
 import hmac
 import os
 import signal
@@ -51,6 +52,7 @@ from gptlib.api import (
 from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, read_environment, setting
 from gptlib.http_server import create_server, disconnect_check, wait_until_sent
+from gptlib.quantize import QUANTIZE_CHOICES
 from gptlib.service import Service
 from inference import DEFAULT_CHECKPOINT, load_for_sampling
 
@@ -84,6 +86,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "data type of the weights",
                          choices=("auto", "float32", "bfloat16", "float16"))
+    quantize: str = setting("none", "int8: the linear layers in 8 bits, faster and half as large",
+                            choices=QUANTIZE_CHOICES)
     compile: bool = setting(False, "torch.compile the decode step: a slower start, then faster")
     api_key: str = setting("", "API key that clients must send; /health and / are exempt "
                            "(default: no authentication)")
@@ -126,7 +130,8 @@ def create_app(settings=None):
     from flask import Flask
 
     settings = settings or read_settings()
-    service = Service(settings, load_for_sampling)
+    load_model = functools.partial(load_for_sampling, quantize=settings.quantize)
+    service = Service(settings, load_model)
     models = request_models(settings)
     app = Flask(__name__, static_folder=None)
     app.extensions["service"] = service

@@ -29,7 +29,12 @@ def can_pack(dtype):
 
 
 def pack(model):
-    """A copy of a model with packed linear layers, which shares all other weights with it."""
+    """A copy of a model with packed linear layers, which shares all other weights with it.
+
+    A model without such layers, because they are quantized, is returned as it is.
+    """
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        return model.eval()
     shared = [*model.parameters(), getattr(model, "tokenizer", None)]
     packed = copy.deepcopy(model, memo={id(item): item for item in shared})
     for module in list(packed.modules()):
