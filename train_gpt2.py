@@ -44,7 +44,7 @@ from gptlib.dev_split import open_splits
 from gptlib.huggingface import export_model
 from gptlib.loader import prefetch
 from gptlib.lock import lock_directory
-from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS
+from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distributed, gather_rng,
@@ -328,7 +328,8 @@ class TrainConfig:
     batch_size: int = setting(64, "sequences per micro-batch and process; 0: all that fit", 0)
     max_steps: int = setting(19073, "optimizer steps; 19073 are one epoch of 10B tokens", 1)
     warmup_steps: int = setting(715, "steps of linear warm-up, capped at max_steps", 0)
-    max_lr: float = setting(6e-4, "learning rate after the warm-up", 0.0)
+    max_lr: float = setting(None, "learning rate after the warm-up (default: 6e-4; with muon "
+                            "1.8e-3 * sqrt(768 / n_embd))", 0.0)
     min_lr: float = setting(None, "learning rate at the end (default: max_lr / 10)", 0.0)
     lr_schedule: str = setting("cosine", "how the rate falls: cosine, linear, or wsd: in the last "
                                "fifth only", choices=("cosine", "linear", "wsd"))
@@ -362,6 +363,8 @@ class TrainConfig:
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
 
     def __post_init__(self):
+        if self.max_lr is None:
+            self.max_lr = default_max_lr(self.optimizer, self.n_embd)
         if self.min_lr is None:
             self.min_lr = self.max_lr / 10
         check_settings(self)
@@ -391,7 +394,10 @@ def parse_flags(argv=None):
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    return {**PRESETS.get(preset, {}), **given}
+    settings = dict(PRESETS.get(preset, {}))
+    if given.get("optimizer") == "muon" and settings.get("optimizer") != "muon":
+        settings.pop("max_lr", None)  # it is AdamW's; Muon has a default of its own
+    return {**settings, **given}
 
 
 # -----------------------------------------------------------------------------
