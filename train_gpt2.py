@@ -44,7 +44,7 @@ from gptlib.lock import lock_directory
 from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
 from gptlib.plan import print_plan
-from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS
+from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
@@ -335,7 +335,8 @@ class TrainConfig:
     batch_size: int = setting(64, "sequences per micro-batch and process; 0: all that fit", 0)
     max_steps: int = setting(19073, "optimizer steps; 19073 are one epoch of 10B tokens", 1)
     warmup_steps: int = setting(715, "steps of linear warm-up, capped at max_steps", 0)
-    max_lr: float = setting(6e-4, "learning rate after the warm-up", 0.0)
+    max_lr: float = setting(None, "learning rate after the warm-up (default: 6e-4; with muon "
+                            "1.8e-3 * sqrt(768 / n_embd))", 0.0)
     min_lr: float = setting(None, "learning rate at the end (default: max_lr / 10)", 0.0)
     lr_schedule: str = setting("cosine", "how the rate falls: cosine, linear, or wsd: in the last "
                                "fifth only", choices=("cosine", "linear", "wsd"))
@@ -382,6 +383,8 @@ class TrainConfig:
     dollars_per_hour: float = setting(0.0, "price of all GPUs together; 0: not known", 0.0)
 
     def __post_init__(self):
+        if self.max_lr is None:
+            self.max_lr = default_max_lr(self.optimizer, self.n_embd)
         if self.min_lr is None:
             self.min_lr = self.max_lr / 10
         check_settings(self)
@@ -412,7 +415,10 @@ def parse_flags(argv=None):
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    return {**PRESETS.get(preset, {}), **given}
+    settings = dict(PRESETS.get(preset, {}))
+    if given.get("optimizer") == "muon" and settings.get("optimizer") != "muon":
+        settings.pop("max_lr", None)  # it is AdamW's; Muon has a default of its own
+    return {**settings, **given}
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What --preset sets: the demo, and the published sizes of GPT-2 and GPT-3."""
 
+import math
+
 
 def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
     """Settings of a model size, for 10B tokens and GPT-3's warm-up of 375M tokens."""
@@ -7,6 +9,16 @@ def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, 
                 total_batch_size=total_batch_size, batch_size=batch_size,
                 max_steps=10 * 10**9 // total_batch_size,
                 warmup_steps=375 * 10**6 // total_batch_size)
+
+
+def default_max_lr(optimizer, n_embd):
+    """The learning rate of a run that names none: the recipe's, or Muon's for the model's width.
+
+    Muon's for GPT-2 (124M) is that of modded-nanogpt's record of 2024-10-10, in the scale of
+    torch.optim.Muon. Its updates have a spectral norm in proportion to the rate and to sqrt(width),
+    which should be the same at any width (arXiv:2310.17813). See docs/learning.md.
+    """
+    return 1.8e-3 * math.sqrt(768 / n_embd) if optimizer == "muon" else 6e-4
 
 
 DEMO_VOCAB_SIZE = 2048
