@@ -26,7 +26,9 @@ from gptlib.tokenizer import load_tokenizer
 GIB = 2**30
 GPT2_TOKENS = 50257
 BYTES_PER_TOKEN = 2  # of a shard
+PROCESS_BYTES = 320 * 2**20  # Python and torch, resident before there is a model
 MEASURE_SECONDS = 20  # no micro-batch is begun after them
+MEASURE_TOKENS = 2048  # of a micro-batch that is measured, unless one sequence is longer
 MEASURE_PARAMETERS = 3e8  # a larger model is measured with 2 and 4 of its blocks
 
 # In the order in which they cost time: sharding hides behind the computation, recomputing adds a
@@ -135,11 +137,11 @@ def run_seconds(cfg, step_seconds, tokens_per_second):
     return cfg.max_steps * step_seconds + validation_tokens(cfg) / (3 * tokens_per_second)
 
 
-def time_micro_batch(model, device, dtype, seconds):
-    """The median seconds of the forward and backward pass of one sequence, as many as begin
-    within `seconds`, after one to warm up."""
+def time_micro_batch(model, batch_size, device, dtype, seconds):
+    """The median seconds of the forward and backward pass of batch_size sequences: of as many as
+    begin within `seconds`, up to five, after one to warm up."""
     config = model.config
-    idx = torch.randint(config.vocab_size, (1, config.block_size), device=device)
+    idx = torch.randint(config.vocab_size, (batch_size, config.block_size), device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     measured = []
     begin = time.perf_counter()
@@ -163,15 +165,21 @@ def measure_tokens_per_second(create, cfg, sizes, device, dtype):
     with 4 blocks, and the others are assumed to take as long as the third and the fourth.
     """
     prepare_device(device)
-    if sizes.total <= MEASURE_PARAMETERS:
-        seconds = time_micro_batch(create(cfg).to(device), device, dtype, MEASURE_SECONDS)
+    batch_size = max(1, min(cfg.batch_size, MEASURE_TOKENS // sizes.block_size))
+
+    def measure(n_layer, seconds):
+        model = create(dataclasses.replace(cfg, n_layer=n_layer)).to(device)
+        return time_micro_batch(model, batch_size, device, dtype, seconds)
+
+    if sizes.total <= MEASURE_PARAMETERS or sizes.n_layer <= 4:
+        seconds = measure(sizes.n_layer, MEASURE_SECONDS)
         how = "measured uncompiled"
     else:
-        few, more = (time_micro_batch(create(dataclasses.replace(cfg, n_layer=n)).to(device),
-                                      device, dtype, MEASURE_SECONDS / 2) for n in (2, 4))
-        seconds = few + (sizes.n_layer - 2) * (more - few) / 2
-        how = "measured uncompiled with 2 and 4 blocks, extrapolated"
-    return sizes.block_size / seconds, f"{how}, one sequence of {sizes.block_size} tokens"
+        few, more = measure(2, MEASURE_SECONDS / 2), measure(4, MEASURE_SECONDS / 2)
+        seconds = few + (sizes.n_layer - 2) * max(more - few, 0) / 2
+        how = "measured uncompiled with 2 and with 4 blocks and extrapolated"
+    rate = batch_size * sizes.block_size / seconds
+    return rate, f"{how}, {batch_size} x {sizes.block_size} tokens"
 
 
 # -----------------------------------------------------------------------------
@@ -297,8 +305,8 @@ def plan(cfg, create, argv):
         device = resolve_device(cfg.device)
         dtype = resolve_dtype(cfg.dtype, device)
         name, bits = device_name(device), 32 if dtype == torch.float32 else 16
-        budget = free_memory(device)
-        what = f"{budget / GIB:,.1f} GiB free now"
+        budget = free_memory(device, cfg.gpus)
+        what = f"{budget / GIB:,.1f} GiB free for each now"
     choice = choose(sizes, cfg, cfg.gpus, budget, bits)
     lines = [f"{sizes.total:,} parameters on {cfg.gpus} x {name} ({what}), {bits} bits, "
              f"{cfg.optimizer}", "", *memory_lines(sizes, cfg, cfg.gpus, budget, bits), ""]
@@ -315,10 +323,54 @@ def plan(cfg, create, argv):
     return lines + disk_lines(sizes, cfg)
 
 
-def free_memory(device):
+def free_memory(device, processes):
+    """Bytes that each process may use: of a GPU, or of the host's memory, which they share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return free_host_memory()
+    return free_host_memory() / processes - PROCESS_BYTES
+
+
+# -----------------------------------------------------------------------------
+# the table in docs/large.md
+
+
+def preset_table(configs, create, gpu="H100", counts=(1, 8, 64)):
+    """Markdown lines: for each {preset: cfg}, whether it fits on so many GPUs, with which flags,
+    what it needs, and how long a step computes and communicates.
+    """
+    gpu = find_gpu(gpu)
+    lines = ["| preset | GPUs | flags | GiB a GPU | computing | communicating | GB sent |",
+             "|---|---|---|---|---|---|---|"]
+    for name, cfg in configs.items():
+        with torch.device("meta"):
+            model = create(cfg)
+        sizes = model_sizes(model)
+        for n in counts:
+            row = preset_row(sizes, model.flops_per_token(), cfg, n, gpu)
+            lines.append(f"| {name}, {sizes.total / 1e6:,.0f}M | {n} | {' | '.join(row)} |")
+    return lines
+
+
+def preset_row(sizes, flops_per_token, cfg, ranks, gpu):
+    """The cells of preset_table after the first two."""
+    choice = choose(sizes, cfg, ranks, gpu.usable_bytes)
+    if choice is None:
+        smallest = min(estimate_memory(sizes, variant, 1, ranks).peak
+                       for variant in variants(cfg, ranks).values())
+        return ["does not fit", f"{smallest / GIB:,.0f} at least", "", "", ""]
+    cfg, batch_size = choice.cfg, choice.batch_size
+    mfu, _ = published_mfu(gpu, sizes.total, cfg.recompute)
+    compute = cfg.total_batch_size * flops_per_token / (ranks * gpu.peak * mfu)
+    flags = f"`--batch_size {batch_size}`"
+    if choice.flags != "plain":
+        flags = f"`{choice.flags} --batch_size {batch_size}`"
+    peak = estimate_memory(sizes, cfg, batch_size, ranks).peak
+    row = [flags, f"{peak / GIB:,.0f}", f"{compute:,.2f} s"]
+    if ranks == 1:
+        return [*row, "", ""]
+    seconds = communication_seconds(sizes, cfg, batch_size, ranks, gpu)
+    sent = sum(traffic(sizes, cfg, batch_size, ranks))
+    return [*row, f"{seconds:,.3f} s", f"{sent / 1e9:,.1f}"]
 
 
 def print_plan(cfg, create_model, demo_tokens):
