@@ -367,6 +367,8 @@ class TrainConfig:
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
                                "as the GPUs of a host; 0: all", 0)
+    reduce_each: bool = setting(False, "add up gradients over the processes after each micro-batch: "
+                                "with --shard less memory, more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
@@ -401,6 +403,9 @@ class TrainConfig:
         if self.resume != bool(self.checkpoint_path):
             raise UserError("--resume and --checkpoint_path go together: "
                             "give both, or --auto_resume alone")
+        if self.shard and self.batch_size == 0:
+            raise UserError("--batch_size 0 and --shard contradict: a process that runs out of "
+                            "memory in the search leaves the others waiting. Give a --batch_size")
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
 
 
@@ -486,7 +491,8 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
-        set_gradient_sync(model, i == len(micro_batches) - 1)
+        is_last = i == len(micro_batches) - 1
+        set_gradient_sync(model, is_last or cfg.reduce_each)
         with autocast:
             _, loss = model(x, y, return_logits=False)
         # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch
