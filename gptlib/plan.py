@@ -283,7 +283,8 @@ def published_lines(sizes, flops_per_token, choice, ranks, gpu):
     if ranks > 1:
         lines.append(f"a step computes for {compute:,.2f} s, beside it a GPU sends "
                      f"{sent / 1e9:,.1f} GB in {communication:,.2f} s "
-                     f"at {gpu.link / 1e9:,.0f} GB/s in a host, {gpu.network / 1e9:,.0f} between hosts ({gpu.source})")
+                     f"at {gpu.link / 1e9:,.0f} GB/s in a host, "
+                     f"{gpu.network / 1e9:,.0f} between hosts ({gpu.source})")
         lines.append("the longer of the two counts: they overlap")
     return lines + time_lines(cfg, step_seconds, cfg.total_batch_size / step_seconds, ranks)
 
