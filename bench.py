@@ -9,6 +9,7 @@ $ python bench.py train --peer ../build-nanogpt
 $ python bench.py train --preset gpt2-medium --batch_size 32 --profile
 $ python bench.py decode --compile --rounds 9
 $ python bench.py decode --streams 1 --length 512 --peer ../nanoGPT
+$ python bench.py decode --quantize int8 --checkpoint_path log/latest_checkpoint.pt
 $ python bench.py serve
 $ python bench.py tokenize
 $ python bench.py tokenize --source parquet
@@ -50,6 +51,7 @@ from benches.start import bench_start
 from benches.tokenizing import bench_tokenize
 from benches.training import bench_train
 from gptlib.common import ArgumentParser, UserError, log, run_main
+from gptlib.quantize import QUANTIZE_CHOICES
 from train_gpt2 import PRESETS
 
 # -----------------------------------------------------------------------------
@@ -72,6 +74,10 @@ def make_parser():
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="default: auto")
     add("--compile", action="store_true", help="decode, serve: the compiled engine as well")
+    add("--quantize", default="none", choices=QUANTIZE_CHOICES,
+        help="decode: int8 as well, and what it costs in quality")
+    add("--checkpoint_path", default="log/latest_checkpoint.pt",
+        help="decode --quantize: the model whose quality is measured, on its run's val split")
     add("--peer", default="", help="train, decode: a checkout of build-nanogpt or nanoGPT")
     add("--preset", default="gpt2", choices=tuple(PRESETS),
         help="train, checkpoint, growth: the model (default: gpt2)")

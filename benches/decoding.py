@@ -1,11 +1,15 @@
 """Tokens a second of the engine, beside transformers and nanoGPT."""
 
+import copy
 
 import torch
 
 from benches.peers import peer_classes
+from benches.quantizing import measure_quality, show_quality
 from benches.turns import dtype_name, show_results, take_turns
+from gptlib.common import UserError, log
 from gptlib.engine import Engine
+from gptlib.quantize import quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype
 from train_gpt2 import GPT, GPTConfig
 
@@ -15,7 +19,7 @@ def gpt2_to_decode(args):
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         return device, dtype, GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
 
 
@@ -78,9 +82,13 @@ def read_weights(model, device):
 def bench_decode(args):
     """Tokens per second of `streams` sequences of `length` new tokens each.
 
-    They are sampled with top_k 50 at temperature 1.
+    They are sampled with top_k 50 at temperature 1. With --quantize also what the quality of a
+    trained checkpoint loses by it.
     """
     device, dtype, model = gpt2_to_decode(args)
+    quantized = None
+    if args.quantize == "int8":
+        quantized = quantize_int8(copy.deepcopy(model).float(), dtype)
     prompt = torch.randint(50257, (16,)).tolist()
     length = args.length
     peer = peer_classes(args.peer, ("GPT", "GPTConfig")) if args.peer else None
@@ -95,6 +103,8 @@ def bench_decode(args):
         if args.compile:
             compiled = decode_engine(model, prompts, length, compile=True)
             contenders["inference.py --compile"] = compiled
+        if quantized is not None:
+            contenders |= quantized_contenders(quantized, prompts, length, args.compile)
         if peer_generates:
             work = decode_nanogpt(peer, prompt, streams, length, device, dtype)
             contenders["nanoGPT"] = work
@@ -104,4 +114,25 @@ def bench_decode(args):
         title = f"{streams} x {length} tokens, {dtype_name(dtype)}, {device.type}"
         results[title] = take_turns(contenders, args.rounds, "tok")
         show_results(title, results[title])
+    if quantized is not None:
+        results |= bench_quality(args)
     return results
+
+
+def quantized_contenders(model, prompts, length, compile):
+    contenders = {"inference.py --quantize int8": decode_engine(model, prompts, length)}
+    if compile:
+        compiled = decode_engine(model, prompts, length, compile=True)
+        contenders["inference.py --quantize int8 --compile"] = compiled
+    return contenders
+
+
+def bench_quality(args):
+    """{"quality": what int8 loses on held-out text}, or nothing, where there is no checkpoint."""
+    try:
+        quality = measure_quality(args.checkpoint_path, args.device)
+    except UserError as error:
+        log(f"\nquality: left out, {error}")
+        return {}
+    show_quality(args.checkpoint_path, quality)
+    return {"quality": quality}

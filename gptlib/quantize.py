@@ -39,12 +39,14 @@ def quantize_rows(weight):
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def round_to_byte(x, largest):
+def round_to_byte(x, largest, zero_byte):
     """Activations x (..., K) as unsigned bytes; largest (..., 1): the largest magnitude of each
     token. x is about (byte - 128) * largest / BYTE_LIMIT.
+
+    zero_byte: a tensor of 128.5, as the conversion to bytes cuts decimals off. (One
+    operation fewer than adding 128 and rounding: at one stream each of them counts.)
     """
-    half = torch.full((), 128.5, device=x.device)  # the conversion cuts decimals off
-    return torch.addcdiv(half, x, largest, value=BYTE_LIMIT).to(torch.uint8)
+    return torch.addcdiv(zero_byte, x, largest, value=BYTE_LIMIT).to(torch.uint8)
 
 
 class Int8Linear(nn.Module):
@@ -71,8 +73,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale / BYTE_LIMIT, persistent=False)
         zero_points = torch.zeros(len(scale), dtype=torch.int32)
         self.register_buffer("zero_points", zero_points, persistent=False)
-        bias = torch.zeros(len(scale)) if linear.bias is None else linear.bias.detach().float()
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        if linear.bias is None:
+            self.register_buffer("bias", torch.zeros(len(scale)), persistent=False)
+        else:
+            self.bias = nn.Parameter(linear.bias.detach().float(), requires_grad=False)
+        self.register_buffer("zero_byte", torch.tensor(128.5), persistent=False)
 
     def forward(self, x):
         x, y = x.float(), self.bias
@@ -82,7 +87,7 @@ class Int8Linear(nn.Module):
         largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
         # In a row of zeros 0 / 0 gives any bytes. Their products are multiplied by 0 at the end.
         products = torch.ops.onednn.qlinear_pointwise(
-            round_to_byte(x, largest), 1.0, 128, self.int8, self.scale, self.zero_points,
+            round_to_byte(x, largest, self.zero_byte), 1.0, 128, self.int8, self.scale, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "")
         return torch.addcmul(y, products, largest)
 

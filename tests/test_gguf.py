@@ -4,6 +4,7 @@
     pip install llama-cpp-python  # compiles for ten minutes: the tests with llama.cpp run with it
 """
 
+import itertools
 import resource
 import signal
 
@@ -235,3 +236,42 @@ def test_llama_cpp_makes_the_same_ids_and_text(request, tmp_path, vocabulary, dt
         assert wrong == [], f"greedy tokens that differ by more than rounding, of {theirs}"
     finally:
         llama.close()
+
+
+def train_on_text(model, enc, steps=60):
+    """Have the model learn TEXT, so that its likeliest token is likelier than any other by far."""
+    tokens = torch.tensor(enc.encode_ordinary(TEXT * 4))[:129]
+    for p in model.parameters():
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        loss = model(tokens[None, :-1], tokens[None, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+@pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
+def test_llama_cpp_writes_the_same_100_tokens(request, tmp_path, vocabulary, dtype):
+    """What tokens that are given can't show: llama.cpp's cache, its own sampling, where it stops."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles for ten minutes)")
+    enc = request.getfixturevalue(vocabulary)
+    model = train_on_text(make_model(enc, std=0.02, n_embd=64), enc)
+    path = export(model, enc, tmp_path / "m.gguf", dtype)
+    prompt = enc.encode_ordinary("The cats")
+    idx, margins = list(prompt), []
+    while len(idx) < len(prompt) + 100:
+        logits = model(torch.tensor([idx]))[0][0, -1, :enc.n_vocab]
+        first, second = logits.topk(2).values.tolist()
+        margins.append(first - second)
+        idx.append(logits.argmax().item())
+    llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, verbose=False)
+    try:
+        ids = llama.tokenize(b"The cats", add_bos=False, special=False)
+        theirs = list(itertools.islice(llama.generate(ids, temp=0.0, repeat_penalty=1.0), 100))
+    finally:
+        llama.close()
+    assert ids == prompt
+    assert theirs == idx[len(prompt):], f"the closest choice was decided by {min(margins):.3f}"
