@@ -294,7 +294,6 @@ class Engine:
         if filling.slot is None:
             self._claim_slot(*self.contents.find(filling.tokens, self.live))
         end = min(request.pos + n, len(filling.tokens))
-        self.contents.forget(filling.slot)  # should reading fail
         logits = self._read(filling.tokens, request.pos, end, filling.slot)
         request.pos = end
         self.contents.hold(filling.slot, request)

@@ -191,6 +191,20 @@ def test_a_cancelled_newcomer_leaves_between_chunks(long_model):
     assert again.n_reused == 20, "what has been read of it was not lost"
 
 
+def test_after_abort_nothing_is_reused(long_model):
+    """Guards against keys and values that a failed step has left half moved or half written."""
+    engine = Engine(long_model, slots=3)
+    requests = [engine.submit([i + 1] * 100, max_length=5) for i in range(2)]
+    drain(engine)
+    requests.append(engine.submit([9] * 100, max_length=50))
+    engine.step()
+    engine.abort(RuntimeError("the device is lost"))
+    again = [engine.submit(request.prompt, max_length=2) for request in requests]
+    drain(engine)
+    assert [request.n_reused for request in again] == [0, 0, 0]
+    assert [request.finish_reason for request in again] == ["length"] * 3
+
+
 @pytest.mark.parametrize("chunk", [None, 5])
 def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
     """Guards against an engine that reads a failing prompt for ever, or keeps half of it."""
