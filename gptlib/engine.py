@@ -169,21 +169,27 @@ class Engine:
     def measure_prefill_chunk(self):
         """Set prefill_chunk to as many tokens as are read in the time of one step of all slots.
 
-        To be called before the first request is submitted. Where even a few tokens take longer, as
-        on a GPU, whose decode step is recorded, it is as many as take hardly longer than a few.
+        Both are timed in the middle of the context. To be called before the first request is
+        submitted. Where even a few tokens take longer, as on a GPU, whose decode step is recorded,
+        it is as many as take hardly longer than a few.
         """
         assert not self.live, "the measurement writes into the cache"
-        size = self.decode_step.shape(self.slots, self.block_size)[1]
-        positions = self._to_device([[size - 1]] * self.slots)
+        middle = self.block_size // 2
+        size = self.decode_step.shape(self.slots, middle + 1)[1]
+        positions = self._to_device([[middle]] * self.slots)
+
+        def read(n):
+            self._read([0] * (middle + n + 1), middle, middle + n, slot=0)
+
         with torch.inference_mode(), self.decode_step.device_context():
             limit = self._time(lambda: self.decode_step.run(self.slots, size, positions))
-            chunk = n = min(16, self.block_size)
-            limit = max(limit, 1.25 * self._time(lambda: self._read([0] * n, 0, n, slot=0)))
-            while n < self.block_size:
-                n = min(2 * n, self.block_size)
-                if self._time(lambda n=n: self._read([0] * n, 0, n, slot=0)) > limit:
-                    break
-                chunk = n
+            largest = max(1, self.block_size - middle - 1)
+            chunk = n = min(16, largest)
+            limit = max(limit, 1.25 * self._time(lambda: read(chunk)))
+            while n < largest and n == chunk:
+                n = min(n * 3 // 2, largest)
+                if self._time(lambda n=n: read(n)) <= limit:
+                    chunk = n
         self.prefill_chunk = chunk
 
     def _time(self, work):
@@ -268,6 +274,7 @@ class Engine:
                     self._sample(slot, logits)
             except Exception as error:
                 self._drop(filling.request, error)
+                previous = None  # this one may have written into its slot
 
     def _take_waiting(self):
         """Have a sequence to fill, if any waits and there is a slot; returns whether there is."""
@@ -280,7 +287,7 @@ class Engine:
         return self.filling is not None
 
     def _claim_slot(self, source, n_shared):
-        """Give the sequence to fill a slot that begins with n_shared tokens of the slot `source`."""
+        """Give the sequence to fill a slot, with the first n_shared tokens of another in it."""
         filling, request = self.filling, self.filling.request
         filling.slot = len(self.live)
         self.contents.claim(filling.slot, source, n_shared)
