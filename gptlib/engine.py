@@ -167,27 +167,31 @@ class Engine:
         self.contents.forget_all()
 
     def measure_prefill_chunk(self):
-        """Set prefill_chunk to as many tokens as are read in the time of one step of all slots.
+        """Set prefill_chunk to as many tokens as are read in the time of two steps of all slots.
 
-        Both are timed in the middle of the context. To be called before the first request is
-        submitted. Where even a few tokens take longer, as on a GPU, whose decode step is recorded,
-        it is as many as take hardly longer than a few.
+        The worst case is timed: steps at the beginning of the context, where they are the
+        shortest, and tokens read at its end. To be called before the first request is submitted.
+        Where even a few tokens take longer, as on a GPU, whose decode step is recorded, it is as
+        many as take hardly longer than a few.
         """
         assert not self.live, "the measurement writes into the cache"
-        middle = self.block_size // 2
-        size = self.decode_step.shape(self.slots, middle + 1)[1]
-        positions = self._to_device([[middle]] * self.slots)
+        if self.block_size < 32:
+            self.prefill_chunk = self.block_size  # there is nothing to divide
+            return
+        rows, size = self.decode_step.shape(self.slots, min(16, self.block_size))
+        positions = self._to_device([[0]] * rows)
 
         def read(n):
-            self._read([0] * (middle + n + 1), middle, middle + n, slot=0)
+            end = self.block_size - 1  # the last one is left out, so that no logits are made
+            self._read([0] * self.block_size, end - n, end, slot=0)
 
         with torch.inference_mode(), self.decode_step.device_context():
-            limit = self._time(lambda: self.decode_step.run(self.slots, size, positions))
-            largest = max(1, self.block_size - middle - 1)
-            chunk = n = min(16, largest)
-            limit = max(limit, 1.25 * self._time(lambda: read(chunk)))
+            limit = 2 * self._time(lambda: self.decode_step.run(rows, size, positions))
+            largest = self.block_size // 2
+            chunk = n = 16
+            limit = max(limit, 1.2 * self._time(lambda: read(chunk)))
             while n < largest and n == chunk:
-                n = min(n * 3 // 2, largest)
+                n = min(n + n // 4, largest)
                 if self._time(lambda n=n: read(n)) <= limit:
                     chunk = n
         self.prefill_chunk = chunk

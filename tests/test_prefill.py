@@ -252,7 +252,7 @@ def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
     assert other.tokens == uncached(model, [1], 15)
 
 
-def test_the_measured_chunk_takes_no_longer_than_a_step(long_model, monkeypatch):
+def test_the_measured_chunk_takes_two_steps_at_most(long_model, monkeypatch):
     """Guards against a chunk that is measured with another clock than the step beside it."""
     engine = Engine(long_model, slots=8)
     engine.warm_up()
@@ -260,7 +260,7 @@ def test_the_measured_chunk_takes_no_longer_than_a_step(long_model, monkeypatch)
     seconds_a_token = 0.001
 
     def step(*args):
-        work.append(0.07)
+        work.append(0.072)
 
     def read(tokens, start, end, slot):
         work.append((end - start) * seconds_a_token)
@@ -269,13 +269,25 @@ def test_the_measured_chunk_takes_no_longer_than_a_step(long_model, monkeypatch)
     monkeypatch.setattr(engine, "_read", read)
     monkeypatch.setattr("gptlib.engine.time.perf_counter", lambda: sum(work))
     engine.measure_prefill_chunk()
-    assert engine.prefill_chunk == 54
-    seconds_a_token = 0.01  # even 16 tokens take longer than the step
+    assert engine.prefill_chunk == 140
+    seconds_a_token = 0.02  # even 16 tokens take longer than the step
     engine.measure_prefill_chunk()
     assert engine.prefill_chunk == 16
     seconds_a_token = 0  # as on a GPU where nothing but launches counts
     engine.measure_prefill_chunk()
-    assert engine.prefill_chunk == 149
+    assert engine.prefill_chunk == 150
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 31, 32])
+def test_short_contexts_can_be_measured(block_size):
+    """Guards against a measurement that reads tokens before the first."""
+    config = dataclasses.replace(CONFIG, block_size=block_size)
+    engine = Engine(GPT(config).eval(), slots=2)
+    engine.measure_prefill_chunk()
+    assert 1 <= engine.prefill_chunk <= block_size
+    request = engine.submit([1] * 40, max_length=3)
+    drain(engine)
+    assert len(request.tokens) == 3
 
 
 # -----------------------------------------------------------------------------
