@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +30,8 @@ def offline_tokenizer():
     return make_encoding("bpe", {token: i for i, token in enumerate(one_byte + two_bytes)})
 
 
-def request_completion(port, prompt, length, seed, stream):
-    """Ask serve.py for a completion, whole or streamed.
+def request_completion(port, prompt, length, seed, stream, on_first_line=None):
+    """Ask serve.py for a completion, whole or streamed; on_first_line() is called at its start.
 
     Returns the number of its tokens, and when its pieces arrived, in seconds from the request on:
     of a whole one, the end.
@@ -46,6 +47,8 @@ def request_completion(port, prompt, length, seed, stream):
         if line.strip():
             lines.append(line.decode())
             times.append(time.perf_counter() - start)
+            if on_first_line and len(lines) == 1:
+                on_first_line()
     if stream:
         usage, done = lines[-2:]
         assert done.strip() == "data: [DONE]", done
@@ -87,9 +90,12 @@ def newcomer(port, prompts, long_prompt, length):
     """
     with concurrent.futures.ThreadPoolExecutor(len(prompts) + 1) as pool:
         start = time.perf_counter()
-        others = [pool.submit(request_completion, port, prompt, length, seed, True)
+        has_text = threading.Semaphore(0)
+        others = [pool.submit(request_completion, port, prompt, length, seed, True,
+                              has_text.release)
                   for seed, prompt in enumerate(prompts)]
-        time.sleep(1.5)  # by now all have a slot
+        for _ in prompts:
+            has_text.acquire(timeout=600)
         arrival = time.perf_counter() - start
         _, times = request_completion(port, long_prompt, 2, 0, True)
         first_token = times[0]
@@ -111,7 +117,7 @@ def bench_newcomer(servers, n_clients, rounds):
     for _ in range(rounds + 1):
         long_prompt = torch.randint(50257, (1000,)).tolist()  # new: no cache has it
         for name, port in servers.items():
-            rounds_of[name].append(newcomer(port, prompts, long_prompt, 250))
+            rounds_of[name].append(newcomer(port, prompts, long_prompt, 120))
     results = {}
     log(f"\na newcomer's prompt of 1,000 tokens beside {n_clients - 1} streams")
     for name, figures in rounds_of.items():

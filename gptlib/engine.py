@@ -167,23 +167,33 @@ class Engine:
         self.contents.forget_all()
 
     def measure_prefill_chunk(self):
-        """Set prefill_chunk to as many tokens as are read in the time of one step of all slots.
+        """Set prefill_chunk to as many tokens as are read in the time of two steps of all slots.
 
-        To be called before the first request is submitted. Where even a few tokens take longer, as
-        on a GPU, whose decode step is recorded, it is as many as take hardly longer than a few.
+        The worst case is timed: steps at the beginning of the context, where they are the
+        shortest, and tokens read at its end. To be called before the first request is submitted.
+        Where even a few tokens take longer, as on a GPU, whose decode step is recorded, it is as
+        many as take hardly longer than a few.
         """
         assert not self.live, "the measurement writes into the cache"
-        size = self.decode_step.shape(self.slots, self.block_size)[1]
-        positions = self._to_device([[size - 1]] * self.slots)
+        if self.block_size < 32:
+            self.prefill_chunk = self.block_size  # there is nothing to divide
+            return
+        rows, size = self.decode_step.shape(self.slots, min(16, self.block_size))
+        positions = self._to_device([[0]] * rows)
+
+        def read(n):
+            end = self.block_size - 1  # the last one is left out, so that no logits are made
+            self._read([0] * self.block_size, end - n, end, slot=0)
+
         with torch.inference_mode(), self.decode_step.device_context():
-            limit = self._time(lambda: self.decode_step.run(self.slots, size, positions))
-            chunk = n = min(16, self.block_size)
-            limit = max(limit, 1.25 * self._time(lambda: self._read([0] * n, 0, n, slot=0)))
-            while n < self.block_size:
-                n = min(2 * n, self.block_size)
-                if self._time(lambda n=n: self._read([0] * n, 0, n, slot=0)) > limit:
-                    break
-                chunk = n
+            limit = 2 * self._time(lambda: self.decode_step.run(rows, size, positions))
+            largest = self.block_size // 2
+            chunk = n = 16
+            limit = max(limit, 1.2 * self._time(lambda: read(chunk)))
+            while n < largest and n == chunk:
+                n = min(n + n // 4, largest)
+                if self._time(lambda n=n: read(n)) <= limit:
+                    chunk = n
         self.prefill_chunk = chunk
 
     def _time(self, work):
@@ -268,6 +278,7 @@ class Engine:
                     self._sample(slot, logits)
             except Exception as error:
                 self._drop(filling.request, error)
+                previous = None  # this one may have written into its slot
 
     def _take_waiting(self):
         """Have a sequence to fill, if any waits and there is a slot; returns whether there is."""
@@ -294,7 +305,6 @@ class Engine:
         if filling.slot is None:
             self._claim_slot(*self.contents.find(filling.tokens, self.live))
         end = min(request.pos + n, len(filling.tokens))
-        self.contents.forget(filling.slot)  # should reading fail
         logits = self._read(filling.tokens, request.pos, end, filling.slot)
         request.pos = end
         self.contents.hold(filling.slot, request)
