@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
+from gptlib.checkpoint_directory import read_tensors
 from gptlib.common import UserError
 from gptlib.runtime import any_rank, compile_model
 
@@ -24,12 +25,13 @@ from gptlib.runtime import any_rank, compile_model
 # the model that trains
 
 
-def create_on(device, cfg, world, create_model):
+def create_on(device, cfg, world, create_model, directory=None):
     """The model that create_model() makes, on the device, sharded where cfg asks for it.
 
     A sharded model is never whole in memory. It is made on the meta device, which has shapes and
     no numbers. Random weights are drawn one tensor at a time, in the order of an unsharded model,
-    and each rank keeps its rows; weights of a checkpoint are mapped, and each rank copies its rows.
+    and each rank keeps its rows; weights of a checkpoint are mapped, or lie in a checkpoint
+    directory, and each rank reads its rows.
     """
     if not cfg.shard:
         model = create_model().to(device)
@@ -49,7 +51,10 @@ def create_on(device, cfg, world, create_model):
     register_fsdp_forward_method(model, "hidden")  # evaluation and sampling call it directly
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=device)
-        fill_parameters(model, rows)
+        if directory:
+            read_tensors(directory, {f"model.{name}": p for name, p in model.named_parameters()})
+        else:
+            fill_parameters(model, rows)
     return model
 
 
@@ -116,8 +121,13 @@ def compile_blocks(model, cfg, device):
     """Compile each block's forward pass. What shards it runs around that, outside of the graph."""
     if not cfg.compile:
         return
-    for block in model.transformer.h:
-        block.forward = compile_model(block.forward, device, dynamic=False)
+    first, *others = model.transformer.h
+    forward = first.forward
+    first.forward = compile_model(forward, device, dynamic=False)
+    if first.forward is forward:  # no compiler works here
+        return
+    for block in others:
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 # -----------------------------------------------------------------------------
@@ -162,11 +172,13 @@ def own_rows(tensor, mesh):
 
 def shard_like(tensor, parameter):
     """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it, or the
-    tensor itself where the parameter is not sharded or has another shape (a step count)."""
+    tensor itself where the parameter is not sharded or has another shape (a step count). Nothing
+    is copied from an empty tensor on the meta device."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    part = torch.empty_like(parameter, dtype=tensor.dtype)
-    part.to_local().copy_(own_rows(tensor, parameter.device_mesh))
+    part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    if not tensor.is_meta:
+        part.to_local().copy_(own_rows(tensor, parameter.device_mesh))
     return part
 
 
