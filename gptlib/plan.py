@@ -392,6 +392,7 @@ def print_plan(cfg, create_model):
     if list_shards(cfg.data_root, "train"):
         tokenizer = load_tokenizer(cfg.data_root)
     else:
-        tokenizer = SimpleNamespace(n_vocab=DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS)
+        n_vocab = DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS
+        tokenizer = SimpleNamespace(n_vocab=n_vocab)
     for line in plan(cfg, lambda cfg: create_model(cfg, tokenizer), sys.argv[1:]):
         print(line)
