@@ -689,7 +689,7 @@ def main():
         saved = checkpoint["train_config"] if checkpoint else {}
         cfg = TrainConfig(**{**saved, **flags})
         if cfg.plan:
-            return print_plan(cfg, lambda cfg, t: create_model(cfg, checkpoint, t), DEMO_VOCAB_SIZE)
+            return print_plan(cfg, lambda cfg, t: create_model(cfg, checkpoint, t))
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files

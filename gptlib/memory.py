@@ -104,7 +104,7 @@ def estimate_memory(sizes, cfg, batch_size, ranks=1, accumulate=None, bits=16):
     logits = logit_bytes(sizes, tokens, bits, cfg.compile and not cfg.shard)
     tie = 4 * sizes.tied  # the head's gradient waits for the embedding's
     buckets = sharding_bytes(sizes) if cfg.shard and share > 1 else 0
-    if cfg.shard and accumulate and share > 1:
+    if accumulate and share > 1 and not cfg.reduce_each:
         gradients = 4 * sizes.total  # whole until the last micro-batch, then they are reduced
     # DDP's buckets, which hold the gradients, are never given back
     before = gradients if accumulate or (ranks > 1 and not cfg.shard) else 0
@@ -128,11 +128,12 @@ def optimizer_bytes(sizes, name, share):
 def sharding_bytes(sizes):
     """Bytes that a sharded model gathers and reduces through.
 
-    What is outside of the blocks stays whole in the forward and the backward pass. Of the blocks,
-    one computes while the next is gathered, and each has a buffer beside its weights; of the
+    What is outside of the blocks stays whole in the forward and the backward pass: its weights
+    with their buffer, its gradients with the copy that is being reduced. Of the blocks, one
+    computes while the next is gathered, and each has a buffer beside its weights; of the
     gradients, one block's whole ones and their copy that is being reduced.
     """
-    return 2 * 4 * sizes.root + (2 * 2 + 2) * 4 * sizes.block
+    return (2 + 2) * 4 * sizes.root + (2 * 2 + 2) * 4 * sizes.block
 
 
 def checkpoint_bytes(sizes, optimizer):

@@ -20,6 +20,7 @@ from gptlib.batch_size import free_host_memory
 from gptlib.dataset import list_shards
 from gptlib.gpu_facts import GPUS_PER_HOST, find_gpu, published_mfu
 from gptlib.memory import PARTS, checkpoint_bytes, estimate_memory, model_sizes
+from gptlib.presets import DEMO_VOCAB_SIZE
 from gptlib.runtime import device_name, prepare_device, resolve_device, resolve_dtype
 from gptlib.tokenizer import load_tokenizer
 
@@ -32,9 +33,9 @@ MEASURE_TOKENS = 2048  # of a micro-batch that is measured, unless one sequence 
 MEASURE_PARAMETERS = 3e8  # a larger model is measured with 2 and 4 of its blocks
 
 # In the order in which they cost time: sharding hides behind the computation, recomputing adds a
-# third to it.
-VARIANTS = {"plain": (False, False), "--shard": (True, False), "--recompute": (False, True),
-            "--shard --recompute": (True, True)}
+# third to it, and reducing after each micro-batch adds communication.
+VARIANTS = ("plain", "--shard", "--recompute", "--shard --recompute",
+            "--shard --recompute --reduce_each")
 
 
 # -----------------------------------------------------------------------------
@@ -44,10 +45,13 @@ VARIANTS = {"plain": (False, False), "--shard": (True, False), "--recompute": (F
 def variants(cfg, ranks):
     """{flags: cfg with them}; one device alone has nothing to shard over."""
     found = {}
-    for flags, (shard, recompute) in VARIANTS.items():
+    for flags in VARIANTS:
+        shard, recompute = "--shard" in flags, "--recompute" in flags
         if ranks > 1 or not shard:
-            found[flags] = dataclasses.replace(cfg, shard=shard, recompute=recompute,
-                                               shard_ranks=cfg.shard_ranks if shard else 0)
+            found[flags] = dataclasses.replace(
+                cfg, shard=shard, recompute=recompute,
+                shard_ranks=cfg.shard_ranks if shard else 0,
+                reduce_each=shard and (cfg.reduce_each or "--reduce_each" in flags))
     return found
 
 
@@ -97,18 +101,20 @@ def traffic(sizes, cfg, batch_size, ranks):
     A ring sends (n - 1) / n of a tensor to gather or to reduce it, and twice that to do both.
     Everything is float32. DDP reduces the gradients once a step. A sharded model gathers each
     block's weights for the forward and for the backward pass of every micro-batch, those outside
-    of the blocks once, and reduces the gradients once a step. Muon's updates travel in 16 bits.
+    of the blocks once, and reduces the gradients once a step, with --reduce_each once a
+    micro-batch. Muon's updates travel in 16 bits.
     """
     group = (cfg.shard_ranks or ranks) if cfg.shard else ranks
     around = (group - 1) / group
     updates = 2 * sizes.hidden if cfg.optimizer == "muon" else 0
-    if not cfg.shard:
-        return around * (2 * 4 * sizes.total + updates), 0
     micro_steps = math.ceil(cfg.total_batch_size / (batch_size * sizes.block_size * ranks))
+    reduced = 4 * sizes.total * (micro_steps if cfg.reduce_each else 1)
+    if not cfg.shard:
+        return around * (2 * reduced + updates), 0
     gathered = 2 * 4 * (sizes.total - sizes.root) + 4 * sizes.root
-    inside = around * (micro_steps * gathered + 4 * sizes.total + 2 * updates)
+    inside = around * (micro_steps * gathered + reduced + 2 * updates)
     copies = ranks // group
-    between = 2 * (copies - 1) / copies * 4 * sizes.total / group
+    between = 2 * (copies - 1) / copies * reduced / group
     return inside, between
 
 
@@ -214,25 +220,30 @@ def memory_lines(sizes, cfg, ranks, budget, bits):
                 shown(memory.peak), str(largest) if largest else "none"]
         columns[flags] = rows
     names = ["micro-batch, sequences", *PARTS, "most at once", "largest --batch_size"]
-    titles = "".join(f"{flags:>21}" for flags in columns)
-    lines = [f"{'GiB on each device':24}{titles}"]
+    titles = [flags.replace("--shard --recompute", "both") for flags in columns]
+    lines = ["GiB on each device      " + "".join(f"{title:>{max(14, len(title) + 2)}}"
+                                                  for title in titles)]
     for i, name in enumerate(names):
-        lines.append(f"{name:24}" + "".join(f"{rows[i]:>21}" for rows in columns.values()))
+        cells = [f"{rows[i]:>{max(14, len(title) + 2)}}"
+                 for rows, title in zip(columns.values(), titles, strict=True)]
+        lines.append(f"{name:24}" + "".join(cells))
     return lines
 
 
 def command(argv, choice, ranks):
     """The command line to type: the given flags, without those of the plan, with the choice's."""
     replaced = ("plan", "gpus", "gpu", "dollars_per_hour", "batch_size", "shard", "recompute")
+    switches = ("plan", "shard", "recompute")
     given, words = [], iter(argv)
     for word in words:
         name = word.split("=")[0].removeprefix("--").removeprefix("no-")
         if name in replaced:
-            if "=" not in word and name not in ("plan", "shard", "recompute"):
+            if "=" not in word and name not in switches:
                 next(words, None)
         else:
             given.append(word)
     flags = choice.flags.split() if choice.flags != "plain" else []
+    flags = [flag for flag in flags if flag not in given]
     launch = ["python", "train_gpt2.py"]
     if ranks > 1:
         hosts = math.ceil(ranks / GPUS_PER_HOST)
@@ -282,9 +293,9 @@ def published_lines(sizes, flops_per_token, choice, ranks, gpu):
     lines = [f"MFU {mfu:.1%} of {gpu.peak / 1e12:,.0f} TFLOP/s: {source}"]
     if ranks > 1:
         lines.append(f"a step computes for {compute:,.2f} s, beside it a GPU sends "
-                     f"{sent / 1e9:,.1f} GB in {communication:,.2f} s "
-                     f"at {gpu.link / 1e9:,.0f} GB/s in a host, "
-                     f"{gpu.network / 1e9:,.0f} between hosts ({gpu.source})")
+                     f"{sent / 1e9:,.1f} GB in {communication:,.2f} s at "
+                     f"{gpu.link / 1e9:,.0f} GB/s in a host, {gpu.network / 1e9:,.0f} between "
+                     f"hosts ({gpu.source})")
         lines.append("the longer of the two counts: they overlap")
     return lines + time_lines(cfg, step_seconds, cfg.total_batch_size / step_seconds, ranks)
 
@@ -374,15 +385,16 @@ def preset_row(sizes, flops_per_token, cfg, ranks, gpu):
     return [*row, f"{seconds:,.3f} s", f"{sent / 1e9:,.1f}"]
 
 
-def print_plan(cfg, create_model, demo_tokens):
+def print_plan(cfg, create_model):
     """Print what a run of cfg needs.
 
-    create_model(cfg, tokenizer): the model of a run. demo_tokens: the vocabulary of the demo,
-    which may not have its data yet; without data any other run counts GPT-2's.
+    create_model(cfg, tokenizer): the model of a run. Without data the vocabulary is GPT-2's, and
+    of the demo the one that it will make.
     """
     if list_shards(cfg.data_root, "train"):
         tokenizer = load_tokenizer(cfg.data_root)
     else:
-        tokenizer = SimpleNamespace(n_vocab=demo_tokens if cfg.preset == "demo" else GPT2_TOKENS)
+        n_vocab = DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS
+        tokenizer = SimpleNamespace(n_vocab=n_vocab)
     for line in plan(cfg, lambda cfg: create_model(cfg, tokenizer), sys.argv[1:]):
         print(line)

@@ -20,8 +20,10 @@ from gptlib.common import UserError
 from gptlib.gpu_facts import GPUS, MEASURED_MFU, find_gpu, published_mfu
 from gptlib.memory import checkpoint_bytes, estimate_memory, model_sizes
 from gptlib.plan import (GIB, choose, command, communication_seconds, largest_batch_size,
-                         measure_tokens_per_second, plan, preset_table, time_lines, traffic, variants)
-from train_gpt2 import (GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, create_model,
+                         measure_tokens_per_second, plan, preset_table, time_lines, traffic,
+                         variants)
+from gptlib.presets import PRESETS
+from train_gpt2 import (GPT, GPTConfig, TrainConfig, configure_optimizers, create_model,
                         parse_flags)
 
 GPT2_VOCABULARY = SimpleNamespace(n_vocab=50257)
@@ -95,7 +97,7 @@ def saved_bytes(cfg, sequences, bits):
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_activations_of_a_block_are_counted(bits):
-    """The bytes that a block keeps are no longer those of the table, after a change to the model."""
+    """The model changed, and a block keeps other bytes than the estimate counts."""
     tokens = 8 * 256
     shape = dict(n_embd=256, block_size=256, total_batch_size=tokens, n_head=4)
     few, more = settings(n_layer=1, **shape), settings(n_layer=3, **shape)
@@ -141,7 +143,8 @@ print(json.dumps([before, status("VmHWM")]))
 @pytest.mark.parametrize("shape, micro_steps, vocab_size", [
     # weights, gradients and optimizer; activations; logits
     (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, batch_size=1), 1, 32768),
-    (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, batch_size=1, optimizer="muon"), 2, 2048),
+    (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, batch_size=1, optimizer="muon"), 2,
+     2048),
     (dict(n_layer=8, n_embd=256, n_head=4, block_size=256, batch_size=24), 1, 1024),
     (dict(n_layer=2, n_embd=256, n_head=4, block_size=256, batch_size=6, optimizer="muon"), 2,
      50304),
@@ -150,8 +153,9 @@ def test_peak_of_a_fresh_process(shape, micro_steps, vocab_size):
     """The plan says that a run fits which then is killed, or sends people to a larger machine."""
     tokens = shape["batch_size"] * shape["block_size"] * micro_steps
     shape = dict(shape, total_batch_size=tokens, compile=False)
-    done = subprocess.run([sys.executable, "-c", PEAK, json.dumps([shape, micro_steps, vocab_size])],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    request = json.dumps([shape, micro_steps, vocab_size])
+    done = subprocess.run([sys.executable, "-c", PEAK, request], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     before, peak = json.loads(done.stdout)
     cfg = TrainConfig(**shape)
@@ -172,6 +176,10 @@ def test_sharding_divides_the_state():
     for name in ("weights", "gradients", "optimizer"):
         assert sharded[name] == plain[name] // 8
     assert sharded["buckets"] > 4 * (sizes.root + sizes.block)
+    cfg.total_batch_size = 2 * once  # the gradients of two micro-batches add up whole
+    assert estimate_memory(sizes, cfg, 2, 8).parts["gradients"] == plain["gradients"]
+    cfg.reduce_each = True
+    assert estimate_memory(sizes, cfg, 2, 8).parts["gradients"] == plain["gradients"] // 8
     cfg.shard_ranks = 4  # two copies of the model
     assert estimate_memory(sizes, cfg, 2, 8).parts["weights"] == plain["weights"] // 4
 
@@ -252,6 +260,10 @@ def test_traffic_of_ddp_and_of_shards():
     blocks, root = 4 * (sizes.total - sizes.root), 4 * sizes.root
     expected = 7 / 8 * (micro_steps * (2 * blocks + root) + gradients)
     assert traffic(sizes, cfg, 4, 8)[0] == pytest.approx(expected)
+    cfg.reduce_each = True
+    expected += 7 / 8 * (micro_steps - 1) * gradients
+    assert traffic(sizes, cfg, 4, 8)[0] == pytest.approx(expected)
+    cfg.reduce_each = False
     cfg.shard_ranks = 8
     inside, between = traffic(sizes, cfg, 4, 64)
     assert between == pytest.approx(2 * 7 / 8 * gradients / 8)
