@@ -16,9 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import conftest  # noqa: F401 - it puts the repository on the path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -205,16 +203,22 @@ def memory_of_a_start(world, folder):
     for step in (1, 2):
         path = str(folder / f"model_{step:05d}.pt")
         with PeakMemory() as memory:
-            checkpoint = load_initial_checkpoint(
-                dict(resume=True, checkpoint_path=path, shard=True), world)
-            model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint),
-                              checkpoint.get("directory"))
-            optimizers = configure_optimizers(model, cfg, CPU, world)
-            restore_training_state(checkpoint, optimizers, None)
+            started = start_from(path, cfg, world)
         found = memory.peak / share
         print(f"rank {world.rank}: a start from {path} takes {found:.2f} shares", file=sys.stderr)
         expect(0.9 < found < 1.6, f"{path}: {memory.peak / 2**20:.0f} MiB, {found:.2f} shares")
-        del checkpoint, model, optimizers
+        del started
+
+
+def start_from(path, cfg, world):
+    """What train() makes of a checkpoint: the model and the optimizers."""
+    flags = dict(resume=True, checkpoint_path=path, shard=True)
+    checkpoint = load_initial_checkpoint(flags, world)
+    model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint),
+                      checkpoint.get("directory"))
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    restore_training_state(checkpoint, optimizers, None)
+    return checkpoint, model, optimizers
 
 
 def run_checks(out, names):
