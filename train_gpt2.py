@@ -42,6 +42,7 @@ from gptlib.loader import TokenLoader, prefetch
 from gptlib.lock import lock_directory
 from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
+from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS
 from gptlib.report import Reporter, describe_run, print_run, tokens_per_byte
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
@@ -360,6 +361,8 @@ class TrainConfig:
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
                                "as the GPUs of a host; 0: all", 0)
+    reduce_each: bool = setting(False, "add up gradients over the processes after each micro-batch: "
+                                "with --shard less memory, more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
@@ -387,44 +390,10 @@ class TrainConfig:
         if self.resume != bool(self.checkpoint_path):
             raise UserError("--resume and --checkpoint_path go together: "
                             "give both, or --auto_resume alone")
+        if self.shard and self.batch_size == 0:
+            raise UserError("--batch_size 0 and --shard contradict: a process that runs out of "
+                            "memory in the search leaves the others waiting. Give a --batch_size")
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
-
-
-def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
-    """Settings of a model size, for 10B tokens and GPT-3's warm-up of 375M tokens."""
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_lr=max_lr, block_size=block_size,
-                total_batch_size=total_batch_size, batch_size=batch_size,
-                max_steps=10 * 10**9 // total_batch_size,
-                warmup_steps=375 * 10**6 // total_batch_size)
-
-
-DEMO_VOCAB_SIZE = 2048
-
-PRESETS = {
-    # Two to three minutes on two CPU cores, chosen by experiment (see the README). It is not
-    # compiled: that would take longer than it saves.
-    "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data",
-                 shuffle=True, total_batch_size=2048, batch_size=16, max_steps=1000,
-                 warmup_steps=50, max_lr=8e-3, min_lr=0.0, optimizer="muon", compile=False,
-                 eval_interval=250, val_tokens=131072, hellaswag_examples=0, num_samples=2,
-                 sample_prompt="def", sample_length=128, sample_temperature=0.8, log_interval=50,
-                 checkpoint_interval=250, keep_checkpoints=2),
-    # The four sizes of GPT-2. Its paper has no learning rates: these are GPT-3's, nearest in size.
-    "gpt2": model_preset(12, 12, 768, 6e-4, 2**19, 64),
-    "gpt2-medium": model_preset(24, 16, 1024, 3e-4, 2**19, 32),
-    "gpt2-large": model_preset(36, 20, 1280, 2.5e-4, 2**19, 16),
-    "gpt2-xl": model_preset(48, 25, 1600, 2e-4, 2**20, 8),
-    # GPT-3, table 2.1 of arXiv:2005.14165. Two of its rows don't multiply out: XL has 24 heads of
-    # 128 for a width of 2048 (here 16 heads), 13B a width of 5140 for 40 heads of 128 (here 5120).
-    "gpt3-small": model_preset(12, 12, 768, 6e-4, 2**19, 32, 2048),
-    "gpt3-medium": model_preset(24, 16, 1024, 3e-4, 2**19, 16, 2048),
-    "gpt3-large": model_preset(24, 16, 1536, 2.5e-4, 2**19, 8, 2048),
-    "gpt3-xl": model_preset(24, 16, 2048, 2e-4, 2**20, 8, 2048),
-    "gpt3-2.7b": model_preset(32, 32, 2560, 1.6e-4, 2**20, 4, 2048),
-    "gpt3-6.7b": model_preset(32, 32, 4096, 1.2e-4, 2**21, 2, 2048),
-    "gpt3-13b": model_preset(40, 40, 5120, 1e-4, 2**21, 1, 2048),
-    "gpt3-175b": model_preset(96, 96, 12288, 6e-5, 3 * 2**20, 1, 2048),
-}
 
 
 def parse_flags(argv=None):
@@ -499,7 +468,8 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
-        set_gradient_sync(model, i == len(micro_batches) - 1)
+        is_last = i == len(micro_batches) - 1
+        set_gradient_sync(model, is_last or cfg.reduce_each)
         with autocast:
             _, loss = model(x, y, return_logits=False)
         # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch

@@ -13,12 +13,14 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from gptlib.checkpoint_file import load_without_executing
@@ -42,7 +44,11 @@ class DirectoryWriter:
         self.tmp = self.path.with_name(self.path.name + ".tmp")
         self.rank = dist.get_rank(process_group)
         tensors, self.skeleton = split_sharded(state)
-        self.errors = self.share(report(lambda: make_empty(self.tmp)) if self.rank == 0 else None)
+        for name, tensor in tensors.items():
+            if tensor.device.type == "cpu":  # torch copies from GPUs only
+                tensors[name] = tensor.clone()
+        error = report(lambda: make_empty(self.tmp)) if self.rank == 0 else None
+        self.errors = self.share(error)
         if not any(self.errors):
             self.writing = dcp.async_save(tensors, process_group=process_group,
                                           storage_writer=dcp.FileSystemWriter(self.tmp))
@@ -87,36 +93,37 @@ class DirectoryWriter:
 
     def raise_any(self, errors):
         """Raise the UserError of the first rank that has an error, a text."""
-        failed = [(rank, text) for rank, text in enumerate(errors) if text]
+        failed = [text for text in errors if text]
         if failed:
             if self.rank == 0:
                 shutil.rmtree(self.tmp, ignore_errors=True)
-            rank, text = failed[0]
-            raise UserError(f"cannot write {self.path}: process {rank}: {text}. Make room or "
-                            "choose another place; what was there before is intact")
+            raise UserError(f"cannot write {self.path}: {failed[0]}. Make room or choose another "
+                            "place; what was there before is intact")
 
 
 def report(function):
-    """Call function(); returns None, or in one line why it failed."""
+    """Call function(); returns None, or in one line which process failed and why."""
     try:
         function()
-    except Exception as error:  # each library has its own; all end the save, none the run
-        return describe(error)
+    except (Exception, CheckpointException) as error:  # that the save fails must not end the run
+        failures = getattr(error, "failures", {dist.get_rank(): error})
+        rank, cause = next(iter(failures.items()))
+        return f"process {rank}: {describe(cause)}"
 
 
 def describe(error):
-    """The cause of a failed save in one line. torch wraps it in its own exceptions."""
-    failures = getattr(error, "failures", None)  # of CheckpointException: {rank: (error, trace)}
-    if failures:
-        error = next(iter(failures.values()))
-        error = error[0] if isinstance(error, tuple) else error
+    """The cause of an error in one line. torch wraps it in its own exceptions."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))
+    if isinstance(error, tuple):  # (exception, where it was raised)
+        error = error[0]
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def split_sharded(state):
-    """({name: DTensor}, the state with an empty tensor in place of each DTensor).
+    """({name: DTensor}, a copy of the state with an empty tensor in place of each DTensor).
 
     The empty ones lie on the meta device: they have a shape and a dtype and no numbers. Of tied
     tensors, such as the embedding and the head, the first one's name counts.
@@ -125,7 +132,7 @@ def split_sharded(state):
 
     def replace(leaf, name):
         if not isinstance(leaf, DTensor):
-            return leaf.detach().cpu() if torch.is_tensor(leaf) else leaf
+            return leaf.detach().to("cpu", copy=True) if torch.is_tensor(leaf) else leaf
         if id(leaf) not in skeletons:
             tensors[name] = leaf.detach()
             skeletons[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
@@ -220,8 +227,10 @@ def read_tensors(directory, tensors):
     """Fill tensors, {name: tensor}, from a checkpoint directory; of a DTensor each rank reads its
     own rows. Raises UserError where a shape differs."""
     try:
-        dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
-    except Exception as error:
+        with warnings.catch_warnings():  # that it is a single process: that is meant
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
+    except (Exception, CheckpointException) as error:
         raise UserError(f"{directory!r} cannot be loaded: {describe(error)}") from error
 
 

@@ -14,6 +14,9 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from gptlib.runtime import World
 
+# torch 2.13 gave this function another name
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose updates equal those of one process, whoever computes them.
@@ -140,7 +143,7 @@ def share_matrices(mine, like, owners, world):
         sent[:sizes[world.rank]] = torch.cat([matrix.flatten() for matrix in mine])
     received = sent.new_empty(world.size * largest)
     # as bytes: gloo does not know every dtype
-    dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8))
+    all_gather(received.view(torch.uint8), sent.view(torch.uint8))
 
     starts = [rank * largest for rank in range(world.size)]
     matrices = []

@@ -121,9 +121,13 @@ def compile_blocks(model, cfg, device):
     """Compile each block's forward pass. What shards it runs around that, outside of the graph."""
     if not cfg.compile:
         return
-    for block in model.transformer.h:
-        block.forward = compile_model(block.forward, device, dynamic=False,
-                                      **cfg.tuned.compile_options())
+    first, *others = model.transformer.h
+    forward, options = first.forward, cfg.tuned.compile_options()
+    first.forward = compile_model(forward, device, dynamic=False, **options)
+    if first.forward is forward:  # no compiler works here
+        return
+    for block in others:
+        block.forward = torch.compile(block.forward, dynamic=False, **options)
 
 
 # -----------------------------------------------------------------------------
