@@ -1,7 +1,7 @@
 """Every path that a GPU takes, against float32 on the CPU. Under five minutes on one GPU.
 
-    python -m pytest -m gpu                                     # on a machine with a CUDA GPU
-    GPU_TESTS_ON=cpu python -m pytest tests/test_gpu.py -m gpu  # a rehearsal: the same code on a CPU
+    python -m pytest -m gpu                             # on a machine with a CUDA GPU
+    GPU_TESTS_ON=cpu python -m pytest tests/test_gpu.py  # a rehearsal: the same code on a CPU
 """
 
 import contextlib
@@ -246,6 +246,10 @@ def test_validation_equals_that_of_the_cpu(device, data, compiled):
 # -----------------------------------------------------------------------------
 # kill and resume, several processes
 
+QUICK_COMPILER = """
+import functools, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+"""
 KILLED = """
 import os, signal, train_gpt2
 report = train_gpt2.Reporter.step
@@ -278,9 +282,7 @@ def test_kill_and_resume_repeat_bit_for_bit(device, data, tmp_path, monkeypatch,
         train_gpt2.main()
 
     run_to_the_end(tmp_path / "whole")
-    code = KILLED if not REHEARSAL else KILLED.replace("import os,", "import functools, torch\n"
-        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\nimport os,")
-    killed = run_code(code, *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
+    killed = run_code(QUICK_COMPILER * REHEARSAL + KILLED, *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
     assert killed.returncode == -9, killed.stderr
     assert 10 <= max(read_log(tmp_path / "killed")["train"]) < 19
     run_to_the_end(tmp_path / "killed")
