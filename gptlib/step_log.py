@@ -102,7 +102,7 @@ class StepLog:
 
         Raises UserError after ten steps in a row whose norm is not finite.
         """
-        loss, norm = (value.to("cpu", non_blocking=True) for value in (loss, norm))
+        loss, norm = (value.to("cpu", non_blocking=self.late) for value in (loss, norm))
         earlier = self.pending
         self.pending = (step, loss, lr, norm, self.started, time_mark(self.device))
         if not self.late:

@@ -27,6 +27,7 @@ class FakeCuda:
         self.calls = []
         self.captured = None  # the graph that is being captured
         self.thread = threading.local()
+        self.default_streams = {}  # of each device
         self.capture_stream = FakeStream(self, torch.device("cuda", 0))  # torch makes it once
         for name in NAMES:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -44,11 +45,26 @@ class FakeCuda:
         yield
         self.thread.current = previous
 
+    @contextlib.contextmanager
     def stream(self, stream):
-        return self.device(stream.device)  # torch.cuda.stream switches the device too
+        previous, self.thread.stream = getattr(self.thread, "stream", None), stream
+        with self.device(stream.device):  # torch.cuda.stream switches the device too
+            yield
+        self.thread.stream = previous
+
+    def working_stream(self):
+        """The stream that this thread's calls go to, on its current device."""
+        stream = getattr(self.thread, "stream", None)
+        if stream is not None and stream.device.index == self.current:
+            return stream
+        if self.current not in self.default_streams:
+            device = torch.device("cuda", self.current)
+            self.default_streams[self.current] = FakeStream(self, device)
+        return self.default_streams[self.current]
 
     def current_stream(self, device=None):
-        return FakeStream(self, device or torch.device("cuda", self.current))
+        with self.device(device or torch.device("cuda", self.current)):
+            return self.working_stream()
 
     def Stream(self, device=None):
         return FakeStream(self, device or torch.device("cuda", self.current))
@@ -94,6 +110,8 @@ class FakeEvent:
         self.cuda = cuda
 
     def record(self, stream=None):
+        working = self.cuda.working_stream()
+        assert stream is None or stream is working, "the event is of a stream that does not work"
         self.seconds = time.perf_counter()
         self.cuda.note("record", (stream or self.cuda.current_stream()).device)
 

@@ -1,7 +1,7 @@
 """Every path that a GPU takes, against float32 on the CPU. Under five minutes on one GPU.
 
-    python -m pytest -m gpu                                     # on a machine with a CUDA GPU
-    GPU_TESTS_ON=cpu python -m pytest tests/test_gpu.py -m gpu  # a rehearsal: the same code on a CPU
+    python -m pytest -m gpu                             # on a machine with a CUDA GPU
+    GPU_TESTS_ON=cpu python -m pytest tests/test_gpu.py  # a rehearsal: the same code on a CPU
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from test_scoring import make_model as make_scored_model
 from test_step_log import NoHostWait
 
 import train_gpt2
+from benches.gpu import same_state
 from gptlib import batch_size as batch_size_room
 from gptlib import scoring
 from gptlib.engine import Engine
@@ -245,6 +246,10 @@ def test_validation_equals_that_of_the_cpu(device, data, compiled):
 # -----------------------------------------------------------------------------
 # kill and resume, several processes
 
+QUICK_COMPILER = """
+import functools, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+"""
 KILLED = """
 import os, signal, train_gpt2
 report = train_gpt2.Reporter.step
@@ -277,9 +282,7 @@ def test_kill_and_resume_repeat_bit_for_bit(device, data, tmp_path, monkeypatch,
         train_gpt2.main()
 
     run_to_the_end(tmp_path / "whole")
-    code = KILLED if not REHEARSAL else KILLED.replace("import os,", "import functools, torch\n"
-        "torch.compile = functools.partial(torch.compile, backend='aot_eager')\nimport os,")
-    killed = run_code(code, *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
+    killed = run_code(QUICK_COMPILER * REHEARSAL + KILLED, *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
     assert killed.returncode == -9, killed.stderr
     assert 10 <= max(read_log(tmp_path / "killed")["train"]) < 19
     run_to_the_end(tmp_path / "killed")
@@ -287,8 +290,8 @@ def test_kill_and_resume_repeat_bit_for_bit(device, data, tmp_path, monkeypatch,
     assert read_log(tmp_path / "killed") == read_log(tmp_path / "whole")
     ours, theirs = (torch.load(tmp_path / name / "model_00020.pt", weights_only=True)
                     for name in ("killed", "whole"))
-    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
-    torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=0, atol=0)
+    assert same_state(ours["model"], theirs["model"])
+    assert same_state(ours["optimizer"], theirs["optimizer"])
 
 
 ONE_PROCESS = """

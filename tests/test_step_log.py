@@ -97,32 +97,26 @@ def test_a_bad_first_step_changes_nothing_later(optimizer):
 @pytest.mark.parametrize("n_before", [0, 1])
 def test_undoing_muon_is_as_never_stepping(is_finite, n_before):
     """Guards against what torch's Muon, which knows no found_inf, would do to the weights."""
-    run = Setup("muon")
-    muon = run.optimizers[1]
+    run, plain = Setup("muon"), Setup("muon")
 
-    def set_gradients():
+    def set_gradients(setup, bad=False):
         torch.manual_seed(2)
-        for p in muon.param_groups[0]["params"]:
+        for p in setup.optimizers[1].param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
+            if bad:
+                p.grad[0, 0] = math.nan
 
-    for _ in range(n_before):
-        set_gradients()
-        muon.step()
-    other = copy.deepcopy(run)
-    set_gradients()
-    if not is_finite:
-        for p in muon.param_groups[0]["params"]:
-            p.grad[0, 0] = math.nan
+    for setup in [run, plain] * n_before:
+        set_gradients(setup)
+        setup.optimizers[1].step()
+    set_gradients(run, bad=not is_finite)
     with NoHostWait():
-        step_or_undo(muon, torch.tensor(is_finite))
-    run, other = other, run  # `other` was stepped by the function under test
+        step_or_undo(run.optimizers[1], torch.tensor(is_finite))
     if is_finite:
-        torch.manual_seed(2)
-        for p in run.optimizers[1].param_groups[0]["params"]:
-            p.grad = torch.randn_like(p)
-        run.optimizers[1].step()
-    assert_same(other.model.state_dict(), run.model.state_dict())
-    ours, theirs = (r.optimizers[1].state_dict()["state"] for r in (other, run))
+        set_gradients(plain)
+        plain.optimizers[1].step()
+    assert_same(run.model.state_dict(), plain.model.state_dict())
+    ours, theirs = (setup.optimizers[1].state_dict()["state"] for setup in (run, plain))
     if theirs:
         assert_same(ours, theirs)
     else:  # the state is made, of zeros, as the first step would find it
