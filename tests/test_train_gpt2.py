@@ -446,7 +446,7 @@ def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, mon
         return compile_with(model, backend=backend, **options)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(train_gpt2, "compile_model", compile_model)
+    monkeypatch.setattr("gptlib.parallel.compile_model", compile_model)
     settings = {**TINY, "compile": True, "batch_size": 5, "max_steps": 3, "num_samples": 0}
     train(TrainConfig(**settings, data_root=str(data_root), log_dir=str(tmp_path / "log")))
     assert dynamic == [False, False]  # 5 rows and 3 rows of 8; later steps compile nothing
