@@ -21,15 +21,15 @@ from gptlib.common import UserError, atomic_write, log
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
-# The models, with the five rates of each optimizer. Those of the larger model are around the best
-# rates of the smaller one, divided by the ratio of their widths (2).
+# The models, with the five rates of each optimizer, the likeliest first. Those of the larger model,
+# twice as wide, are half of those of the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
-                 rates=dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                            muon=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))),
+                 rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
+                            muon=(8e-3, 4e-3, 1.6e-2, 2e-3, 3.2e-2))),
     "10M": dict(model=dict(n_layer=5, n_head=6, n_embd=384),
-                rates=dict(adamw=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-                           muon=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))),
+                rates=dict(adamw=(2e-3, 1e-3, 4e-3, 5e-4, 8e-3),
+                           muon=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2))),
 }
 COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
               lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
@@ -149,19 +149,28 @@ class Experiment:
         self.runs += results
         return results
 
-    def sweep(self, optimizer):
-        """The best rate on the dev split; beyond an end of the grid, three times at most, as long
-        as the best is there.
+    def sweep(self):
+        """{optimizer: its best rate on the dev split}.
+
+        Where the best rate is at an end of the grid, the sweep goes on beyond it, three times at
+        most.
         """
-        rates = list(SIZES[self.size]["rates"][optimizer])
-        tried = []
-        while True:
-            new = [rate for rate in rates if rate not in [t["settings"]["max_lr"] for t in tried]]
-            tried += self.run([(optimizer, rate, self.steps, 0, dict(dev=True)) for rate in new])
-            best = best_rate(tried)
-            if len(rates) == MAX_RATES or min(rates) < best < max(rates):
-                return best
-            rates.append(best / 2 if best == min(rates) else best * 2)
+        grids = {optimizer: list(SIZES[self.size]["rates"][optimizer]) for optimizer in OPTIMIZERS}
+        tried = {optimizer: [] for optimizer in OPTIMIZERS}
+        new = [(optimizer, rate) for pair in zip(*grids.values(), strict=True)
+               for optimizer, rate in zip(OPTIMIZERS, pair, strict=True)]
+        while new:
+            results = self.run([(*pair, self.steps, 0, dict(dev=True)) for pair in new])
+            for (optimizer, _), result in zip(new, results, strict=True):
+                tried[optimizer].append(result)
+            new = []
+            for optimizer, rates in grids.items():
+                best = best_rate(tried[optimizer])
+                inside = min(rates) < best < max(rates)
+                if not inside and len(rates) < MAX_RATES:
+                    rates.append(best / 2 if best == min(rates) else best * 2)
+                    new.append((optimizer, rates[-1]))
+        return {optimizer: best_rate(results) for optimizer, results in tried.items()}
 
     def compare(self, best):
         """AdamW, and Muon at several numbers of tokens, with three seeds; returns a dict."""
@@ -186,11 +195,9 @@ def bench_learning(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     log(f"\nlearning, {args.size} parameters, {args.steps} steps of 2,048 tokens, in {args.out}")
     result = dict(size=args.size, steps=args.steps)
-    best = {}
-    for optimizer in OPTIMIZERS:
-        best[optimizer] = experiment.sweep(optimizer)
-        log(f"  best rate of {optimizer} on the dev split: {best[optimizer]:g}")
-        save(args, experiment, dict(result, rates=best))
+    best = experiment.sweep()
+    log(f"  best rates on the dev split: {best}")
+    save(args, experiment, dict(result, rates=best))
     result.update(experiment.compare(best))
     save(args, experiment, result)
     if result["ratio"]:

@@ -87,8 +87,8 @@ def test_a_sweep_chooses_on_the_dev_split(fake_training, tmp_path):
     """A rate that is chosen on the val split makes the reported loss too good."""
     fake_training.loss_of = lambda s: abs(s["max_lr"] - 4e-3) + (0 if s["dev"] else 100)
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
-    assert experiment.sweep("adamw") == 4e-3
-    assert len(fake_training.commands) == 5
+    assert experiment.sweep() == dict(adamw=4e-3, muon=4e-3)
+    assert len(fake_training.commands) == 10
     assert all("--dev=True" in command for command in fake_training.commands)
 
 
@@ -96,10 +96,11 @@ def test_a_sweep_chooses_on_the_dev_split(fake_training, tmp_path):
     (2e-4, 2.5e-4, 8), (1e-2, 8e-3, 5), (1.7e-2, 1.6e-2, 6), (9.0, 1.28e-1, 8)])
 def test_a_sweep_goes_on_beyond_its_ends(fake_training, tmp_path, best, found, tried):
     """The best of five rates at the end of the grid is not the best rate."""
-    fake_training.loss_of = lambda s: abs(s["max_lr"] - best)
+    best_of = dict(adamw=best, muon=8e-3)  # Muon's best is inside of its grid
+    fake_training.loss_of = lambda s: abs(s["max_lr"] - best_of[s["optimizer"]])
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
-    assert experiment.sweep("adamw") == pytest.approx(found)
-    assert len(fake_training.commands) == tried
+    assert experiment.sweep() == pytest.approx(dict(adamw=found, muon=8e-3))
+    assert len(fake_training.commands) == tried + 5
 
 
 def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_path):
@@ -136,7 +137,7 @@ def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning.subprocess, "run", fail)
     with pytest.raises(UserError, match="this disk is full"):
-        Experiment("data", tmp_path, "1.8M", 20, 1).sweep("adamw")
+        Experiment("data", tmp_path, "1.8M", 20, 1).sweep()
     assert len(started) <= 2  # the second may have begun before the first was known to have failed
 
 
@@ -168,7 +169,7 @@ def test_the_picture_of_any_experiment(fake_training, tmp_path):
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
     result = dict(size="1.8M", steps=20, runs=[])
     draw_learning(result, tmp_path / "empty.png")
-    experiment.sweep("muon")
+    experiment.sweep()
     experiment.compare(dict(adamw=1e-3, muon=1e-3))
     draw_learning(dict(result, runs=experiment.runs, adamw_loss=5.0), tmp_path / "all.png")
     assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
