@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from fineweb import prepare
@@ -44,11 +43,13 @@ from gptlib.dev_split import open_splits
 from gptlib.huggingface import export_model
 from gptlib.loader import prefetch
 from gptlib.lock import lock_directory
+from gptlib.muon import Muon
+from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
 from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
-from gptlib.runtime import (StopSignal, World, any_rank, compile_model, distributed, gather_rng,
-                            get_rng, nondeterministic_algorithms, prepare_device, resolve_device,
+from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
+                            nondeterministic_algorithms, prepare_device, resolve_device,
                             resolve_dtype, set_rng, skip_init, without_cudnn_attention)
 from gptlib.sampling import sample_next
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
@@ -265,8 +266,12 @@ class GPT(nn.Module):
             config.dropout = dropout
         with skip_init():
             model = cls(config)
+        is_meta = model.lm_head.weight.is_meta  # without memory: the tensors become its weights
+        if is_meta:
+            state = {k: v.float().contiguous() for k, v in state.items()}
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(state, assign=is_meta)
+            model.transformer.wte.weight = model.lm_head.weight
         except RuntimeError as e:
             reason = str(e).splitlines()[1].strip()[:200]
             raise UserError(f"the checkpoint's weights do not fit its config: {reason}") from e
@@ -357,6 +362,15 @@ class TrainConfig:
                          "products); auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
+    shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
+    shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such as "
+                               "the GPUs of a host; 0: all", 0)
+    reduce_each: bool = setting(False, "add up gradients over the processes after each micro-batch: "
+                                "with --shard less memory, more communication")
+    largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
+                                "directory, by all processes", 0)
+    recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
+    recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
     wandb: bool = setting(False, "log to Weights & Biases as well")
@@ -380,6 +394,9 @@ class TrainConfig:
         if self.resume != bool(self.checkpoint_path):
             raise UserError("--resume and --checkpoint_path go together: "
                             "give both, or --auto_resume alone")
+        if self.shard and self.batch_size == 0:
+            raise UserError("--batch_size 0 and --shard contradict: a process that runs out of "
+                            "memory in the search leaves the others waiting. Give a --batch_size")
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
 
 
@@ -404,7 +421,7 @@ def parse_flags(argv=None):
 # the parts of a training step
 
 
-def configure_optimizers(model, cfg, device):
+def configure_optimizers(model, cfg, device, world=World()):
     """The optimizers of a run: AdamW, and with --optimizer muon also Muon for the hidden matrices.
 
     Tensors of two or more dimensions decay, biases and norms don't. Muon
@@ -423,8 +440,8 @@ def configure_optimizers(model, cfg, device):
     adamw = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon([hidden[name] for name in sorted(hidden)], lr=cfg.max_lr,
-                            weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([hidden[name] for name in sorted(hidden)], world, lr=cfg.max_lr,
+                weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -464,8 +481,8 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
-        if world.size > 1:
-            model.require_backward_grad_sync = i == len(micro_batches) - 1
+        is_last = i == len(micro_batches) - 1
+        set_gradient_sync(model, is_last or cfg.reduce_each)
         with autocast:
             _, loss = model(x, y, return_logits=False)
         # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch
@@ -475,8 +492,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
         scaler.scale(loss * world.size).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    max_norm = cfg.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    norm = clip_gradients(model, cfg.grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -499,19 +515,22 @@ def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(
     n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
     batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
                    desc="validation", leave=False, disable=None if world.rank == 0 else True)
-    for x, y, n in batches:
-        if n == 0:
-            continue  # more ranks than rows: this one has no share
-        with autocast:
+    with autocast:
+        for x, y, n in batches:
+            if n == 0:
+                continue  # more ranks than rows: this one has no share
             _, loss = model(x.to(device), y.to(device), return_logits=False)
-        total += loss.item() * n
+            total += loss.item() * n
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / n_tokens
 
 
-def sample(model, cfg, tokenizer, device, autocast, dtype):
-    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights."""
+def sample(model, cfg, tokenizer, device, autocast, dtype, rank=0):
+    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights.
+
+    Rank 0 draws them; the others have to call it too, and get none.
+    """
     if not cfg.num_samples:
         return []
     model.eval()
@@ -520,6 +539,8 @@ def sample(model, cfg, tokenizer, device, autocast, dtype):
     # a generator of its own: sampling must not change what training draws
     generator = torch.Generator(device).manual_seed(42)
     with autocast, nondeterministic_algorithms(), without_cudnn_attention(device):
+        if rank > 0:
+            return []
         idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab,
                        cfg.sample_temperature, top_k=50, generator=generator, dtype=dtype)
     return [tokenizer.decode(row) for row in idx.tolist()]
@@ -545,7 +566,9 @@ def train(cfg, checkpoint=None, world=World()):
     # device and precision
     device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
     dtype = resolve_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # sharded weights are cast where they are used: the cache would keep whole copies of them
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
+                              cache_enabled=not cfg.shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     prepare_device(device, cfg.deterministic)
 
@@ -557,8 +580,9 @@ def train(cfg, checkpoint=None, world=World()):
 
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
-    raw_model = create_model(cfg, checkpoint, tokenizer).to(device)
-    optimizers = configure_optimizers(raw_model, cfg, device)
+    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer),
+                          directory=checkpoint and checkpoint.get("directory"))
+    optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
 
     # where the run stands
@@ -577,24 +601,21 @@ def train(cfg, checkpoint=None, world=World()):
     batch_size = cfg.batch_size or find_batch_size(
         raw_model, cfg.block_size, cfg.total_batch_size, device, autocast, world)
     positions = itertools.count(position, cfg.total_batch_size)
-    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab)
+    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
+                                      even=cfg.shard)
                       for p in positions), device)
 
     # The compiled, distributed model trains. The raw model shares its weights, and is evaluated,
-    # sampled from and saved. A short last micro-batch gets a graph of its own (dynamic=False), so
-    # that it does not turn every other step into one of dynamic shapes.
-    model = raw_model
-    if cfg.compile:
-        model = compile_model(raw_model, device, dynamic=False)
-    if world.size > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # sampled from and saved.
+    model = train_with(raw_model, cfg, device, world)
+    evaluation = Evaluation(raw_model, autocast, world)
 
     facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
     print_run(facts, loader.n_tokens)
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
                         val_tokens_per_byte, tokenizer.name == "gpt2")
-    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints)
+    as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
+    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     bad_steps = 0
     with reporter, saver, contextlib.closing(steps), StopSignal(world) as stop_signal:
         while True:
@@ -606,29 +627,28 @@ def train(cfg, checkpoint=None, world=World()):
             due = step % cfg.eval_interval == 0 or last_step
             if due and step != val_step and not stop:
                 val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
-                                    autocast, world)
+                                    evaluation, world)
                 val_step = step
                 reporter.validation(step, val_loss)
                 if hellaswag:
                     reporter.hellaswag(step, scoring.evaluate(
-                        raw_model, hellaswag, tokenizer, autocast, world.rank, world.size))
-                if world.rank == 0 and step > 0:
-                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, autocast,
-                                                  dtype))
+                        raw_model, hellaswag, tokenizer, evaluation, world.rank, world.size))
+                if step > 0:
+                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, evaluation,
+                                                  dtype, world.rank))
                 reporter.draw()
 
             # once in a while write a checkpoint
             due = step % cfg.checkpoint_interval == 0 or last_step or stop
             if due and step > start_step:
                 rng = gather_rng(device, world)
-                if world.rank == 0:
-                    saver.save(dict(
-                        version=CHECKPOINT_VERSION, model=raw_model.state_dict(),
-                        config=asdict(raw_model.config),
-                        optimizer=[optimizer.state_dict() for optimizer in optimizers],
-                        scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
-                        tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
-                        val_loss=val_loss, val_step=val_step), wait=last_step or stop)
+                saver.save(dict(
+                    version=CHECKPOINT_VERSION, model=raw_model.state_dict(keep_vars=True),
+                    config=asdict(raw_model.config),
+                    optimizer=[optimizer.state_dict() for optimizer in optimizers],
+                    scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
+                    tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
+                    val_loss=val_loss, val_step=val_step), wait=last_step or stop)
             if last_step or stop:
                 break
 

@@ -9,11 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from gptlib.broadcast import broadcast_nest, map_leaves
+from gptlib.checkpoint_directory import (fill_checkpoint, identity_of_directory,
+                                         is_checkpoint_directory, read_checkpoint_directory,
+                                         remove_directory)
 from gptlib.checkpoint_file import PickledConfig, directory_identity, read_checkpoint_file
 from gptlib.common import UserError, atomic_write
 from gptlib.huggingface import load_hugging_face
+from gptlib.parallel import whole
 from gptlib.runtime import any_rank, share_from_rank0
 
 CHECKPOINT_VERSION = 1
@@ -34,15 +39,35 @@ def save_checkpoint(log_dir, state, keep):
     of them). Raises UserError where that can't be done; the checkpoints that were there are intact
     then.
     """
-    path = Path(log_dir) / f"model_{state['step']:05d}.pt"
+    path = checkpoint_path(log_dir, state["step"])
+    if path.is_dir():  # of an earlier course of the run
+        remove_directory(path)
     atomic_write(path, lambda file: torch.save(state, file))
+    publish_checkpoint(path, keep)
+    return path
+
+
+def checkpoint_path(log_dir, step):
+    return Path(log_dir) / f"model_{step:05d}.pt"
+
+
+def publish_checkpoint(path, keep):
+    """Let latest_checkpoint.pt name a checkpoint that is written, and remove those beyond the
+    newest `keep`."""
     try:
         update_latest(path)
-        for old in list_checkpoints(log_dir)[keep or None:]:
-            old.unlink()
+        for old in list_checkpoints(path.parent)[keep:] if keep else []:
+            remove_checkpoint(old)
     except OSError as error:
         raise UserError(f"{path} is saved, but {error.filename}: {error.strerror}") from error
-    return path
+
+
+def remove_checkpoint(path):
+    """Remove a checkpoint, file or directory."""
+    if path.is_dir():
+        remove_directory(path)
+    else:
+        path.unlink()
 
 
 def update_latest(path):
@@ -63,20 +88,25 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
-def copy_to_host(state):
+def copy_to_host(state, keep=True):
     """A copy in CPU memory of a nest of dicts, lists and tensors, to be written while training
     changes the tensors.
 
     Tensors that share memory, such as the embedding and the head, share it in the copy too.
+    Sharded tensors are gathered one by one, so all ranks have to call it; one that does not keep
+    the copy gets None in place of each tensor.
     """
     copies = {}
 
     def copy(leaf):
         if not torch.is_tensor(leaf):
             return leaf
-        key = leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype
+        is_sharded = isinstance(leaf, DTensor)
+        # The same on all ranks: a rank may have no rows, and then no address to tell by.
+        key = id(leaf) if is_sharded else (leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype)
         if key not in copies:
-            copies[key] = leaf.detach().to("cpu", copy=True)
+            tensor = whole(leaf.detach())
+            copies[key] = tensor.to("cpu", copy=True) if keep else None
         return copies[key]
 
     return map_leaves(state, copy)
@@ -104,6 +134,8 @@ def load_checkpoint(path, mmap=False):
 def load_any_format(path, mmap, model_only):
     """load_checkpoint, where mapping the file and verifying the model's tensors alone are separate
     choices."""
+    if is_checkpoint_directory(path):
+        return fill_checkpoint(read_checkpoint_directory(path), model_only)
     if str(path) in GPT2_NAMES or Path(path).is_dir():
         return load_hugging_face(str(path))
     path = Path(path)
@@ -153,7 +185,8 @@ def load_initial_checkpoint(flags, world):
     the start (--init_from).
 
     Rank 0 chooses and verifies it. Other ranks map the same file where they see it, and otherwise
-    receive it.
+    receive it. Of a checkpoint directory a run with --shard gets empty tensors (on the meta
+    device): each rank reads its rows when it knows them.
     """
     offer = choose_initial_checkpoint(flags) if world.rank == 0 else None
     if world.size > 1:
@@ -167,6 +200,9 @@ def load_initial_checkpoint(flags, world):
     else:
         for name in ("preset", "resume", "auto_resume", "checkpoint_path"):
             checkpoint["train_config"].pop(name, None)
+    shard = {**checkpoint["train_config"], **flags}.get("shard", False)
+    if "directory" in checkpoint and not shard:
+        fill_checkpoint(checkpoint, model_only=offer.weights_only)
     return checkpoint
 
 
@@ -177,6 +213,7 @@ class Offer:
     path: str
     identity: tuple | None  # of directory_identity; None where the file can't be recognized
     weights_only: bool  # only the start of a new run, not resumed
+    is_directory: bool  # a directory, whose tensors are still to be read
     checkpoint: dict | None
 
 
@@ -195,24 +232,39 @@ def choose_initial_checkpoint(flags):
     return None if init_from == "scratch" else load_weights(init_from)
 
 
-def load_training_state(path):
+def identify(path):
+    """What tells a checkpoint, file or directory, from all others; None where that is not known.
+    """
+    if is_checkpoint_directory(path):
+        return identity_of_directory(path)
+    return directory_identity(path)
+
+
+def load_training_state(path, verify=True):
     """The Offer of a checkpoint to be resumed, every record of it verified."""
-    identity = directory_identity(path)
-    checkpoint = load_any_format(path, mmap=CAN_MAP, model_only=False)
+    identity = identify(path)
+    if is_checkpoint_directory(path):
+        checkpoint = read_checkpoint_directory(path, verify)
+    else:
+        checkpoint = load_any_format(path, mmap=CAN_MAP, model_only=False)
     for name in TRAINING_STATE:
         if name not in checkpoint:
             raise UserError(f"{str(path)!r} has no training state to resume ({name} is missing): "
                             "use it with --init_from")
-    return Offer(str(path), identity, False, checkpoint)
+    return Offer(str(path), identity, False, "directory" in checkpoint, checkpoint)
 
 
-def load_weights(init_from):
+def load_weights(init_from, verify=True):
     """The Offer of a model to start from: a checkpoint file, a Hugging Face directory or a GPT-2
     name."""
-    identity = directory_identity(init_from)
-    checkpoint = load_checkpoint(init_from, mmap=CAN_MAP)
-    checkpoint = {key: checkpoint[key] for key in ("model", "config", "tokenizer")}
-    return Offer(str(init_from), identity, True, checkpoint)
+    identity = identify(init_from)
+    if is_checkpoint_directory(init_from):
+        checkpoint = read_checkpoint_directory(init_from, verify)
+    else:
+        checkpoint = load_checkpoint(init_from, mmap=CAN_MAP)
+    names = ("model", "config", "tokenizer", "directory")
+    checkpoint = {name: checkpoint[name] for name in names if name in checkpoint}
+    return Offer(str(init_from), identity, True, "directory" in checkpoint, checkpoint)
 
 
 def share_offer(offer, world):
@@ -227,6 +279,9 @@ def share_offer(offer, world):
 
     has_loaded = offer.checkpoint is not None
     if any_rank(not has_loaded, world):  # other hosts may not see rank 0's disk
+        if offer.is_directory:
+            raise UserError(f"every process has to see the checkpoint {offer.path}, and not all "
+                            "do: put --log_dir on a disk that all hosts share")
         offer.checkpoint = broadcast_nest(offer.checkpoint, world.rank, keep_own=has_loaded)
     return offer
 
@@ -235,13 +290,14 @@ def load_identical(offer):
     """The checkpoint that rank 0 offers, read by this rank; None where this rank does not see the
     identical file.
 
-    The records are verified here too: with equal directories, equal checksums, that makes their
-    contents equal.
+    The records of a file are verified here too: with equal directories, equal checksums, that
+    makes their contents equal.
     """
-    if offer.identity is None or directory_identity(offer.path) != offer.identity:
+    if offer.identity is None or identify(offer.path) != offer.identity:
         return None
     try:
         load = load_weights if offer.weights_only else load_training_state
-        return load(offer.path).checkpoint
+        # of a directory, too large to be read by all, rank 0's verification counts
+        return load(offer.path, verify=not offer.is_directory).checkpoint
     except UserError:
         return None

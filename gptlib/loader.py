@@ -131,15 +131,16 @@ class TokenLoader:
             f"has {vocab_size} tokens. The shard is damaged or of another tokenizer: make it again "
             "with python fineweb.py")
 
-    def batches(self, position, n_tokens, batch_size, world=World(), vocab_size=None):
+    def batches(self, position, n_tokens, batch_size, world=World(), vocab_size=None, even=False):
         """Yield this rank's share of the n_tokens from `position` on, in micro-batches (x, y,
         tokens in it).
 
         x, y: (up to batch_size, block_size) int64. The tokens are cut into rows where windows
         end, and the rows dealt out to the ranks. A row that is cut short, or begins inside a
         window, is padded with targets of -1. A rank without a row gets one of 0 tokens, so that
-        it can take part in what the others do. Raises UserError for a token id of vocab_size or
-        more, where that is given.
+        it can take part in what the others do; with `even`, any rank gets such ones until all
+        have as many micro-batches. Raises UserError for a token id of vocab_size or more, where
+        that is given.
         """
         self.verifier.raise_if_damaged()
         T = self.block_size
@@ -149,13 +150,14 @@ class TokenLoader:
             rows.append((position, length))
             position, n_tokens = position + length, n_tokens - length
         mine = rows[world.rank::world.size]
-        for i in range(0, max(len(mine), 1), batch_size):
+        n_rows = len(rows[::world.size]) if even else len(mine)  # rank 0 has the most
+        for i in range(0, max(n_rows, 1), batch_size):
             micro_batch = mine[i:i + batch_size] or rows[:1]
             x = torch.zeros(len(micro_batch), T, dtype=torch.int64)
             y = torch.full((len(micro_batch), T), -1)
             for row, (first, length) in enumerate(micro_batch):
                 self._fill_row(x[row], y[row], first, length, vocab_size)
-            yield x, y, sum(length for _, length in micro_batch) if mine else 0
+            yield x, y, sum(length for _, length in mine[i:i + batch_size])
 
     def fewest_micro_batches(self, position, n_tokens, batch_size, world_size):
         """The smallest number of micro-batches that `batches` gives to any rank."""

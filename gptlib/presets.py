@@ -1,4 +1,4 @@
-"""What --preset sets: the demo, and the published sizes of GPT-2 and GPT-3."""
+"""Named sets of train_gpt2.py's flags, for --preset: the demo, and the sizes of GPT-2 and GPT-3."""
 
 import math
 

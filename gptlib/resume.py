@@ -2,8 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from gptlib.checkpoint import copy_to_host, save_checkpoint
+import torch.distributed as dist
+
+from gptlib.checkpoint import (checkpoint_path, copy_to_host, publish_checkpoint,
+                               save_checkpoint)
+from gptlib.checkpoint_directory import DirectoryWriter, read_tensors, split_sharded
 from gptlib.common import UserError, print0
+from gptlib.parallel import shard_like
+from gptlib.runtime import World
 from gptlib.tokenizer import tokenizer_to_dict
 
 
@@ -54,19 +60,43 @@ def restore_training_state(checkpoint, optimizers, scaler):
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
         for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({key: value for key, value in ours.items() if key != "params"})
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+    if "directory" in checkpoint:  # what is there now is empty
+        read_tensors(checkpoint["directory"], named_optimizer_tensors(optimizers))
     if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
+
+
+def shard_optimizer_state(state, optimizer):
+    """The state dict of an optimizer, its tensors cut as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in state["param_groups"] for i in group["params"]]
+    tensors = {}
+    for i, p in zip(indices, parameters, strict=True):
+        values = state["state"].get(i, {})
+        tensors[i] = {name: shard_like(tensor, p) for name, tensor in values.items()}
+    return {**state, "state": tensors}
+
+
+def named_optimizer_tensors(optimizers):
+    """{name in a checkpoint directory: sharded tensor of the optimizers' state}."""
+    state = {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+    return split_sharded(state)[0]
 
 
 class BackgroundSaver:
     """Writes checkpoints from a thread, one at a time, while training goes on from the same
     tensors.
+
+    With as_directory every rank writes its share of a sharded model into a directory; otherwise
+    rank 0 writes one file.
     """
 
-    def __init__(self, log_dir, keep):
-        self.log_dir, self.keep = log_dir, keep
+    def __init__(self, log_dir, keep, world=World(), as_directory=False):
+        self.log_dir, self.keep, self.world = log_dir, keep, world
         self.thread, self.writing = ThreadPoolExecutor(1), None
+        # the threads that write talk to each other while training does: on a group of their own
+        self.group = dist.new_group(backend="gloo") if as_directory else None
 
     def __enter__(self):
         return self
@@ -75,23 +105,38 @@ class BackgroundSaver:
         self.thread.shutdown()
 
     def save(self, state, wait=False):
-        """Copy the state and write the copy in the background; with wait, return when it is on
-        disk.
+        """Copy the state and let rank 0 write the copy in the background; with wait, it returns
+        when that is on disk. Every rank has to call it: sharded tensors are gathered.
 
         Raises UserError only with wait: a checkpoint on the way that can't be written is a
         warning, since the next may be.
         """
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()
-        self.writing = self.thread.submit(self._write, copy_to_host(state), wait)
-        if wait:
+        if self.group:
+            write = self._start_directory(state)
+        else:
+            write = self._start_file(state)
+        self.writing = write and self.thread.submit(self._report, write, state["step"], wait)
+        if wait and self.writing:
             self.writing.result()
 
-    def _write(self, state, must_succeed):
+    def _start_file(self, state):
+        copy = copy_to_host(state, keep=self.world.rank == 0)
+        if self.world.rank > 0:
+            return None
+        return lambda: save_checkpoint(self.log_dir, copy, self.keep)
+
+    def _start_directory(self, state):
+        path = checkpoint_path(self.log_dir, state["step"])
+        writer = DirectoryWriter(path, state, self.group)
+        return lambda: writer.finish(lambda: publish_checkpoint(path, self.keep))
+
+    def _report(self, write, step, must_succeed):
         try:
-            path = save_checkpoint(self.log_dir, state, self.keep)
-            print0(f"step {state['step']:5d} | saved {path}")
+            path = write()
+            print0(f"step {step:5d} | saved {path}")
         except UserError as e:
             if must_succeed:
                 raise
-            print0(f"warning: step {state['step']} is not saved, training goes on: {e}")
+            print0(f"warning: step {step} is not saved, training goes on: {e}")

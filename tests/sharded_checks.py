@@ -1,0 +1,240 @@
+"""What tests/test_sharded.py checks inside of several processes, in one torchrun.
+
+    torchrun --standalone --nproc_per_node=3 tests/sharded_checks.py OUT CHECK...
+
+Each rank writes {check: "ok", or why it failed} to OUT/RANK.json.
+"""
+
+import ctypes
+import errno
+import gc
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import conftest  # noqa: F401 - it puts the repository on the path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from gptlib import checkpoint_directory
+from gptlib.checkpoint import list_checkpoints, load_checkpoint, load_initial_checkpoint
+from gptlib.common import UserError
+from gptlib.muon import Muon
+from gptlib.parallel import create_on
+from gptlib.resume import BackgroundSaver, restore_training_state
+from gptlib.runtime import distributed
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
+
+SHAPES = [(64, 32), (32, 64), (5, 7), (2, 9), (64, 32), (1, 3)]  # some with fewer rows than ranks
+OPTIONS = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+CPU = torch.device("cpu")
+
+
+def expect(condition, text):
+    if not condition:
+        raise AssertionError(text)
+
+
+def steps_of_muon(optimizer, params, place):
+    """Three steps on the same gradients on every rank; returns the whole weights and momenta."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for p, shape in zip(params, SHAPES, strict=True):
+            p.grad = place(torch.randn(shape, generator=generator))
+        optimizer.step()
+    momenta = [optimizer.state[p]["momentum_buffer"] for p in params]
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in [*params, *momenta]]
+
+
+def make_params(place):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(place(torch.randn(shape, generator=generator))) for shape in SHAPES]
+
+
+def check_muon(world, place, **options):
+    """Whatever the layout, the weights equal those of torch.optim.Muon in one process exactly."""
+    theirs = make_params(torch.clone)
+    expected = steps_of_muon(torch.optim.Muon(theirs, **OPTIONS), theirs, torch.clone)
+    ours = make_params(place)
+    found = steps_of_muon(Muon(ours, world, **OPTIONS), ours, place)
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        expect(torch.equal(a, b), f"tensor {number} differs by {(a - b).abs().max()}")
+
+
+def muon_replicated(world, folder):
+    check_muon(world, torch.clone)
+
+
+def muon_sharded(world, folder):
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+    check_muon(world, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+
+
+def model_of(world, seed=3, **sizes):
+    cfg = TrainConfig(shard=True, compile=False, optimizer="muon")
+    config = GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=10), **sizes})
+    torch.manual_seed(seed)
+    return create_on(CPU, cfg, world, lambda: GPT(config)), cfg, config
+
+
+def initial_weights(world, folder):
+    """A sharded model begins with the weights of an unsharded one of the same seed."""
+    model, _, config = model_of(world)
+    state = {name: p.full_tensor() for name, p in model.state_dict().items()}
+    torch.manual_seed(3)
+    for name, expected in GPT(config).state_dict().items():
+        expect(torch.equal(state[name], expected), name)
+
+
+def state_of(model, optimizers, config, step):
+    return dict(model=model.state_dict(keep_vars=True), config=vars(config), step=step,
+                optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler={},
+                train_config={}, position=0, tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
+
+
+def one_step(model, optimizers):
+    """Gradients of ones, so that the optimizers have a state."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full_disk(world, folder):
+    """One rank without room ends the save on all of them with one line, and spoils nothing."""
+    model, cfg, config = model_of(world)
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    one_step(model, optimizers)
+    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver.save(state_of(model, optimizers, config, 1), wait=True)
+
+    fsync = os.fsync
+
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = no_room if world.rank == 1 else fsync
+    error = None
+    try:
+        saver.save(state_of(model, optimizers, config, 2), wait=True)
+    except UserError as raised:
+        error = str(raised)
+    finally:
+        os.fsync = fsync
+    expect(error, "no error was raised")
+    expect("process 1: No space left on device" in error, error)
+    expect("\n" not in error, error)
+    dist.barrier()
+    expect([path.name for path in list_checkpoints(folder)] == ["model_00001.pt"],
+           sorted(os.listdir(folder)))
+    expect(not list(folder.glob("*.tmp")), "the half directory is still there")
+    expect(load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1, "the first is damaged")
+
+    # the next ones are saved again, also in place of one of the same name
+    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver.save(state_of(model, optimizers, config, 1), wait=True)
+    saver.save(state_of(model, optimizers, config, 3))
+    saver.__exit__()
+    dist.barrier()
+    expect(len(list_checkpoints(folder)) == 2, sorted(os.listdir(folder)))
+
+
+def die_while_saving(world, folder):
+    """Rank 1 is gone in the middle of the second save."""
+    model, cfg, config = model_of(world)
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    one_step(model, optimizers)
+    saver = BackgroundSaver(folder, 1, world, as_directory=True)
+    saver.save(state_of(model, optimizers, config, 1), wait=True)
+    if world.rank == 1:
+        checkpoint_directory.checksum = lambda path: os._exit(9)
+    saver.save(state_of(model, optimizers, config, 2), wait=True)
+
+
+class PeakMemory:
+    """The most memory that this process has allocated inside of the context, beyond what it had;
+    pages of mapped files do not count."""
+
+    def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed would be used again unseen
+        self.before = self.peak = self.now()
+        self.running = True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.running = False
+        self.thread.join()
+        self.peak = max(self.peak, self.now()) - self.before
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.002)
+
+    def now(self):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def memory_of_a_start(world, folder):
+    """From a file and from a directory, a rank takes little more memory than its share needs."""
+    sizes = dict(n_layer=6, n_embd=512, n_head=8)
+    model, cfg, config = model_of(world, **sizes)
+    n = sum(p.numel() for p in model.parameters())
+    cfg.optimizer = "adamw"
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    one_step(model, optimizers)
+    for step, as_directory in ((1, False), (2, True)):
+        with BackgroundSaver(folder, 0, world, as_directory) as saver:
+            saver.save(state_of(model, optimizers, config, step), wait=True)
+    del model, optimizers
+    dist.barrier()
+    share = 12 * n / world.size  # weights and two moments in float32
+    for step in (1, 2):
+        path = str(folder / f"model_{step:05d}.pt")
+        with PeakMemory() as memory:
+            started = start_from(path, cfg, world)
+        found = memory.peak / share
+        print(f"rank {world.rank}: a start from {path} takes {found:.2f} shares", file=sys.stderr)
+        expect(0.9 < found < 1.6, f"{path}: {memory.peak / 2**20:.0f} MiB, {found:.2f} shares")
+        del started
+
+
+def start_from(path, cfg, world):
+    """What train() makes of a checkpoint: the model and the optimizers."""
+    flags = dict(resume=True, checkpoint_path=path, shard=True)
+    checkpoint = load_initial_checkpoint(flags, world)
+    model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint),
+                      checkpoint.get("directory"))
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    restore_training_state(checkpoint, optimizers, None)
+    return checkpoint, model, optimizers
+
+
+def run_checks(out, names):
+    results = {}
+    with distributed() as world:
+        for name in names:
+            folder = Path(out) / name
+            folder.mkdir(exist_ok=True)
+            try:
+                globals()[name](world, folder)
+                results[name] = "ok"
+            except Exception:
+                results[name] = traceback.format_exc()
+                break  # the ranks are no longer in step
+        Path(out, f"{world.rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    run_checks(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,277 @@
+"""A sharded model trains, stops, goes on and is saved as one process does all of this.
+
+    python -m pytest tests/test_sharded.py
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, english, environment, write_dataset
+
+from gptlib.checkpoint import choose_initial_checkpoint, load_checkpoint
+from gptlib.checkpoint_directory import SafeReader
+from gptlib.common import UserError
+from inference import load_for_sampling
+
+CHECKS = ["muon_replicated", "muon_sharded", "initial_weights", "full_disk", "memory_of_a_start"]
+
+# Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
+# HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
+BASE = {**TINY, "n_layer": 3, "total_batch_size": 320, "batch_size": 3, "max_steps": 6,
+        "checkpoint_interval": 2, "keep_checkpoints": 0, "hellaswag_examples": 20}
+MUON = {"optimizer": "muon"}
+
+
+def torchrun(nproc, script, *args, cwd):
+    """Run a script of the tests in nproc processes, 0: without torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    argv = [sys.executable, *(launcher if nproc else []), str(ROOT / "tests" / script), *args]
+    return subprocess.run(argv, cwd=cwd, env=environment(), text=True, capture_output=True,
+                          timeout=600)
+
+
+def write_hellaswag(path):
+    """Twenty questions in the words of the corpus."""
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
+    with open(path, "w") as f:
+        for i in range(20):
+            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
+            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with the logs of all runs, each named in the dicts below."""
+    root = tmp_path_factory.mktemp("sharded")
+    base = {**BASE, "hellaswag_data": str(root / "hella.jsonl"), "data_root": str(root / "data")}
+    write_dataset(root / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
+    write_hellaswag(root / "hella.jsonl")
+
+    def train(nproc, **runs):
+        named = [{**base, "log_dir": name, **run} for name, run in runs.items()]
+        (root / "runs.json").write_text(json.dumps(named))
+        done = torchrun(nproc, "sharded_runs.py", "runs.json", cwd=root)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def resume(path):
+        return dict(resume=True, checkpoint_path=path)
+
+    train(0, one_adamw={}, one_muon=MUON)
+    train(2,
+          two_adamw=dict(shard=True, recompute=True),
+          two_muon=dict(shard=True, largest_file=0, keep_checkpoints=2, **MUON),
+          two_ddp=MUON,
+          one_to_two=dict(shard=True, **MUON, **resume("one_muon/model_00002.pt")),
+          half=dict(shard=True, dtype="bfloat16"),
+          started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
+    train(4,
+          four_adamw=dict(shard=True, shard_ranks=2, recompute=True, recompute_every=2),
+          four_muon=dict(shard=True, reduce_each=True, **MUON),
+          two_to_four=dict(shard=True, **MUON, **resume("two_muon/model_00004.pt")),
+          two_to_ddp=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")))
+    train(0,
+          half_one=dict(dtype="bfloat16"),
+          two_to_one=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")),
+          directory_to_one=dict(shard=False, **MUON, **resume("two_muon/model_00004.pt")))
+    return root
+
+
+def figures(log_dir, *names):
+    """{(step, kind): value} of a log: a figure of the training steps, and losses and accuracies."""
+    found = {}
+    for line in (log_dir / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in names:
+            if name in record and record.get("kind") in ("train", "val", "hella"):
+                found[record["step"], record["kind"], name] = record[name]
+    return found
+
+
+def assert_same_course(root, run, reference, first_step=0, rel=2e-5):
+    """Loss, gradient norm, validation and HellaSwag of each step from first_step on."""
+    names = ("loss", "norm", "acc", "acc_norm")
+    ours, theirs = figures(root / run, *names), figures(root / reference, *names)
+    theirs = {key: value for key, value in theirs.items() if key[0] > first_step or key in ours}
+    assert min(step for step, _, _ in ours) == first_step
+    assert ours == pytest.approx(theirs, rel=rel, abs=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# the same course
+
+
+@pytest.mark.parametrize("run", ["two_adamw", "four_adamw"])
+def test_sharded_adamw_equals_one_process(root, run):
+    """Gradients that are added up twice or too little, a clip by a rank's own norm, ranks that
+    read other tokens, or recomputed activations that differ."""
+    assert_same_course(root, run, "one_adamw", rel=3e-6)
+
+
+# Newton-Schulz computes in bfloat16: a last digit of the gradients shows in the sixth of the loss
+@pytest.mark.parametrize("run", ["two_muon", "four_muon", "two_ddp"])
+def test_muon_of_several_processes_equals_one(root, run):
+    """An update of rows instead of whole matrices drifts by percents."""
+    assert_same_course(root, run, "one_muon", rel=1e-4)
+
+
+def test_sharded_bfloat16_follows_one_process(root):
+    """Sharded weights that are kept in bfloat16 lose the small updates; autocast keeps float32."""
+    assert_same_course(root, "half", "half_one", rel=2e-2)
+    state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("run, reference, step", [
+    ("one_to_two", "one_muon", 2), ("two_to_one", "one_adamw", 2), ("two_to_ddp", "one_adamw", 2),
+    ("two_to_four", "one_muon", 4), ("directory_to_one", "one_muon", 4)])
+def test_a_run_goes_on_in_another_layout(root, run, reference, step):
+    """A moment, a position or a random state that is lost where the number of ranks, the layout
+    or the kind of checkpoint changes."""
+    assert_same_course(root, run, reference, first_step=step, rel=1e-4)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_in_several_processes(checks, check):
+    """What the function of that name in sharded_checks.py says."""
+    for rank, results in enumerate(checks):
+        assert results.get(check, "was not reached") == "ok", f"rank {rank}: {results.get(check)}"
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory):
+    """The results of each rank: {check: "ok" or a traceback}."""
+    folder = tmp_path_factory.mktemp("checks")
+    done = torchrun(3, "sharded_checks.py", str(folder), *CHECKS, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+def test_the_file_of_a_sharded_run_is_an_ordinary_one(root):
+    """A file that only sharded runs can read, or that holds the tied matrix twice."""
+    ours = torch.load(root / "two_adamw" / "model_00006.pt", weights_only=True)
+    theirs = torch.load(root / "one_adamw" / "model_00006.pt", weights_only=True)
+    assert ours.keys() == theirs.keys()
+    assert ours["position"] == theirs["position"]
+    for name, tensor in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], tensor, rtol=0, atol=1e-3)
+    for i, state in theirs["optimizer"][0]["state"].items():
+        found = ours["optimizer"][0]["state"][i]
+        for name, tensor in state.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-5)
+    wte, head = (ours["model"][name] for name in ("transformer.wte.weight", "lm_head.weight"))
+    assert wte.data_ptr() == head.data_ptr()
+
+
+@pytest.fixture
+def directory(root, tmp_path):
+    """A copy of the folder with a directory checkpoint of steps 4 and 6; the path of the last."""
+    shutil.copytree(root / "two_muon", tmp_path / "log", symlinks=True)
+    return tmp_path / "log" / "model_00006.pt"
+
+
+def test_a_directory_holds_what_a_file_would(root, directory):
+    """A directory that is read with rows in another order, or without some of the state."""
+    ours = load_checkpoint(directory)
+    theirs = load_checkpoint(root / "one_muon" / "model_00006.pt")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], tensor, rtol=0, atol=1e-2)
+    for number, optimizer in enumerate(theirs["optimizer"]):
+        for i, state in optimizer["state"].items():
+            for name, tensor in state.items():
+                found = ours["optimizer"][number]["state"][i][name]
+                torch.testing.assert_close(found, tensor, rtol=0, atol=1e-2)
+
+
+def test_only_the_newest_directories_stay(directory):
+    """Directories that pile up, or a latest_checkpoint.pt that names none of them."""
+    names = sorted(path.name for path in directory.parent.glob("model_*"))
+    assert names == ["model_00004.pt", "model_00006.pt"]
+    assert os.readlink(directory.parent / "latest_checkpoint.pt") == "model_00006.pt"
+
+
+def test_inference_reads_a_directory(directory):
+    """Commands that take a file and not what a larger run wrote."""
+    loaded = load_for_sampling(directory.parent / "latest_checkpoint.pt", "cpu", "float32")
+    assert loaded.step == 6
+    expected = load_checkpoint(directory)["model"]["transformer.h.2.mlp.c_fc.weight"]
+    assert torch.equal(loaded.model.transformer.h[2].mlp.c_fc.weight, expected)
+
+
+def test_a_directory_is_exported_for_transformers(directory, tmp_path):
+    """An export that knows only files."""
+    from transformers import GPT2LMHeadModel
+    loaded = load_for_sampling(directory, "cpu", "float32")
+    loaded.model.save_pretrained(tmp_path / "export", loaded.tokenizer)
+    idx = torch.randint(257, (2, 32))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "export")(idx).logits
+    ours = loaded.model(idx)[0][..., :257]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "changed": flip_a_byte,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "state.pt"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_directory_is_skipped(directory, capsys, name, damage):
+    """Damaged bytes that become wrong weights in silence, or end a run that has another one."""
+    DAMAGE[damage](directory / name)
+    if directory.joinpath("state.pt").exists():
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(directory)
+    offer = choose_initial_checkpoint(dict(auto_resume=True, log_dir=str(directory.parent)))
+    assert offer.checkpoint["step"] == 4
+    assert "skipping" in capsys.readouterr().err
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
+
+
+def test_nothing_in_metadata_is_executed(directory, tmp_path, monkeypatch):
+    """torch reads .metadata with pickle, which runs what the file says."""
+    import pickle
+    monkeypatch.chdir(tmp_path)
+    (directory / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        SafeReader(directory).read_metadata()
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_a_rank_killed_while_saving_spoils_nothing(tmp_path):
+    """A checkpoint that has its name before all ranks have written it, or an earlier one that is
+    removed before the next is whole."""
+    done = torchrun(2, "sharded_checks.py", str(tmp_path), "die_while_saving", cwd=tmp_path)
+    assert done.returncode != 0
+    folder = tmp_path / "die_while_saving"
+    assert [path.name for path in folder.glob("model_*.pt")] == ["model_00001.pt"]
+    assert load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1
+
+
+def test_all_checkpoints_stay_with_keep_0(root):
+    """--keep_checkpoints 0, which keeps all, once removed every one."""
+    names = sorted(path.name for path in (root / "one_adamw").glob("model_*"))
+    assert names == ["model_00002.pt", "model_00004.pt", "model_00006.pt"]
