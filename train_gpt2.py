@@ -45,6 +45,7 @@ from gptlib.loader import prefetch
 from gptlib.lock import lock_directory
 from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
+from gptlib.plan import print_plan
 from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
@@ -375,6 +376,11 @@ class TrainConfig:
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
     wandb: bool = setting(False, "log to Weights & Biases as well")
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
+    plan: bool = setting(False, "print memory, time, cost and disk of this run, and exit; no data, "
+                         "no GPU needed")
+    gpus: int = setting(1, "with --plan: how many GPUs, 8 in a host", 1)
+    gpu: str = setting("", "with --plan: the GPU, such as H100 (default: measure this machine)")
+    dollars_per_hour: float = setting(0.0, "price of all GPUs together; 0: not known", 0.0)
 
     def __post_init__(self):
         if self.max_lr is None:
@@ -707,6 +713,8 @@ def main():
         checkpoint = load_initial_checkpoint(flags, world)
         saved = checkpoint["train_config"] if checkpoint else {}
         cfg = TrainConfig(**{**saved, **flags})
+        if cfg.plan:
+            return print_plan(cfg, lambda cfg, t: create_model(cfg, checkpoint, t))
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files

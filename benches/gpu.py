@@ -26,6 +26,7 @@ from benches.turns import ContenderProcess, dtype_name, take_turns
 from gptlib import scoring
 from gptlib.checkpoint import copy_to_host, load_checkpoint, save_checkpoint
 from gptlib.common import UserError, atomic_write, first_line, log
+from gptlib.memory import estimate_memory, model_sizes
 from gptlib.runtime import git_commit, resolve_device, resolve_dtype
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 from train_gpt2 import GPT, TrainConfig, configure_optimizers
@@ -54,21 +55,6 @@ def kernel_kind(name):
     return "other"
 
 
-def estimate_training_memory(config, B):
-    """The bytes that a training step should need, estimated from its shapes.
-
-    Weights, gradients and AdamW's two moments take 16 bytes per parameter and the weights that
-    autocast keeps in 16 bits another 2. Activations take 34 bytes per position, channel and layer
-    (arXiv:2205.05198, section 4.1, without the attention scores that flash attention never
-    stores), and logits in 16 bits, in float32 and their gradient 10 bytes each.
-    """
-    with torch.device("meta"):
-        n_params = sum(p.numel() for p in GPT(config).parameters())
-    positions = B * config.block_size
-    activations = 34 * positions * config.n_embd * config.n_layer
-    return 18 * n_params + activations + 10 * positions * config.vocab_size
-
-
 def time_steps(step, rounds, max_seconds=30):
     """The median seconds of up to `rounds` steps, as many as begin within max_seconds."""
     seconds = []
@@ -94,10 +80,12 @@ def gpu_train(args):
     datasheet = datasheet_peak(device)
     peak = datasheet[1] if datasheet else matrix_peak(device, resolve_dtype(args.dtype, device))
     with torch.device("meta"):
-        flops = GPT(config).flops_per_token()
+        model = GPT(config)
+    flops = model.flops_per_token()
     rate = step_tokens / seconds
     mfu = rate * flops / peak
-    estimate = estimate_training_memory(config, B)
+    cfg = TrainConfig(compile=device.type == "cuda")
+    estimate = estimate_memory(model_sizes(model), cfg, B, accumulate=args.micro_steps > 1).peak
     summary = (f"{rate:,.0f} tok/s, MFU {mfu:.1%}, {memory / 2**30:.1f} GiB at most "
                f"(estimate {estimate / 2**30:.1f}), {args.micro_steps} x {B} x {config.block_size} "
                "tokens a step")

@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from gptlib.memory import activation_bytes, logit_bytes
 from gptlib.runtime import preserved_rng
 
 
@@ -31,8 +32,11 @@ def find_batch_size(model, block_size, total_batch_size, device, autocast, world
 def fits(model, batch_size, block_size, device, autocast):
     """Whether a training step of batch_size sequences fits into the memory of the device."""
     if device.type == "cpu":
-        # there is no error to catch, the system kills the process: so the bytes are estimated
-        return estimate_activations(model.config, batch_size, block_size) < free_host_memory() / 2
+        # there is no error to catch, the system kills the process: so the bytes are estimated, for
+        # float32, on the safe side
+        tokens = batch_size * block_size
+        needed = activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
+        return needed < free_host_memory() / 2
     try:
         adamw_state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
         idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
@@ -47,14 +51,6 @@ def fits(model, batch_size, block_size, device, autocast):
         return False
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def estimate_activations(config, batch_size, block_size):
-    """Bytes of the logits and of what the blocks keep for the backward pass, somewhat on the safe
-    side.
-    """
-    bytes_per_token = 10 * config.vocab_size + 80 * config.n_layer * config.n_embd
-    return batch_size * block_size * bytes_per_token
 
 
 def free_host_memory():

@@ -1,0 +1,138 @@
+"""What is published about GPUs: memory, links, and how well others used them. Every figure has its
+source.
+"""
+
+from dataclasses import dataclass
+
+from gptlib.common import UserError
+from gptlib.runtime import PEAK_TFLOPS
+
+DATASHEET = "the maker's datasheet"
+NCCL_212 = "github.com/NVIDIA/nccl-tests/issues/212"
+NCCL_228 = "github.com/NVIDIA/nccl-tests/issues/228"
+NCCL_290 = "github.com/NVIDIA/nccl-tests/issues/290"
+LLM_FOUNDRY = "llm-foundry's benchmarks (FSDP, T = 2048, scripts/train/benchmarking/README.md)"
+GPUS_PER_HOST = 8
+
+# What a process does not get of a GPU's memory: the CUDA context, NCCL's buffers, and what the
+# allocator cannot reuse. An assumption.
+USABLE_MEMORY = 0.93
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: GiB. link, network: bytes a second that a GPU sends at most in a collective, to the
+    others of its host and to other hosts. source: of these two.
+    """
+    name: str
+    memory: float
+    link: float
+    network: float
+    source: str
+
+    @property
+    def peak(self):
+        """Dense 16-bit FLOP/s."""
+        return PEAK_TFLOPS[self.name.removesuffix(" 40GB")] * 1e12
+
+    @property
+    def usable_bytes(self):
+        return self.memory * 2**30 * USABLE_MEMORY
+
+
+def nvlink(name, memory, line_rate, network):
+    """A GPU of whose links only the line rates are known: NCCL reaches 82 % of them on an H100."""
+    return GPU(name, memory, 0.82 * line_rate * 1e9, 0.94 * network * 1e9,
+               f"82 % and 94 % of the line rates, as measured on H100 ({NCCL_212}, {NCCL_290})")
+
+
+def pcie(name, memory, line_rate):
+    """A GPU without NVLink: half the line rate of its slot, and a network of 100 Gbit/s for each
+    host. Assumptions.
+    """
+    return GPU(name, memory, 0.5 * line_rate * 1e9, 0.94 * 12.5e9 / GPUS_PER_HOST,
+               "assumed: half of PCIe's line rate, 100 Gbit/s between hosts")
+
+
+# Network: one adapter for each GPU, of 400 Gbit/s with H100 and later, 200 with A100 (as in the
+# makers' DGX systems), 100 with V100.
+GPUS = {gpu.name: gpu for gpu in (
+    nvlink("B200", 180, 900, 50),
+    GPU("H200", 141, 370e9, 47e9, f"as H100 ({NCCL_212}, {NCCL_290})"),
+    GPU("H100", 80, 370e9, 47e9, f"{NCCL_212}; {NCCL_290}"),
+    pcie("H100 PCIe", 80, 64),
+    GPU("A100", 80, 220e9, 23.5e9, f"{NCCL_228}; 94 % of 200 Gbit/s"),
+    GPU("A100 40GB", 40, 220e9, 23.5e9, f"{NCCL_228}; 94 % of 200 Gbit/s"),
+    nvlink("V100", 32, 150, 12.5),
+    pcie("L40S", 48, 32), pcie("L4", 24, 32), pcie("A10G", 24, 32), pcie("A10", 24, 32),
+    pcie("RTX 4090", 24, 32), pcie("RTX 3090", 24, 32), pcie("T4", 16, 16),
+)}
+
+
+@dataclass(frozen=True)
+class MeasuredMFU:
+    """FLOPs utilization that someone reached: model FLOPs (PaLM's formula) over the datasheet's
+    peak. recomputed: activations were recomputed, which the model's FLOPs don't count.
+    """
+    gpu: str
+    parameters: float
+    mfu: float
+    recomputed: bool
+    source: str
+
+
+def llm_foundry(gpu, *rows):
+    """Rows (parameters, MFU in percent, number of GPUs, recomputed) of llm-foundry's tables."""
+    return [MeasuredMFU(gpu, parameters, percent / 100, recomputed, f"{n} x {gpu}, {LLM_FOUNDRY}")
+            for parameters, percent, n, recomputed in rows]
+
+
+MEASURED_MFU = [
+    *llm_foundry("A100", (125e6, 44.79, 8, False), (356e6, 51.62, 8, False),
+                 (760e6, 56.85, 8, False), (1.32e9, 59.86, 8, False), (2.65e9, 62.11, 8, False),
+                 (6.66e9, 64.23, 8, False), (12.9e9, 59.57, 8, False), (30e9, 55.3, 8, True),
+                 (64.9e9, 53.33, 64, True)),
+    *llm_foundry("H100", (760e6, 37.57, 32, False), (1.32e9, 41.82, 8, False),
+                 (2.65e9, 43.73, 16, False), (6.66e9, 46.44, 8, False), (12.9e9, 39.79, 8, False),
+                 (30e9, 43.07, 16, True), (64.9e9, 42.57, 64, True)),
+    # 10B tokens in 45 minutes on eight: 463,000 tokens a second and GPU at 855 MFLOP
+    MeasuredMFU("H100", 124e6, 0.40, False, "llm.c on 8 x H100, 10B tokens in 45 minutes "
+                "(github.com/KellerJordan/modded-nanogpt); PyTorch takes longer"),
+    # it prints 29 % of an A100's 312 TFLOP/s
+    MeasuredMFU("RTX 4090", 124e6, 0.55, False, "nanoGPT on 1 x RTX 4090, 29 % of A100's peak "
+                "(github.com/karpathy/nanoGPT/issues/182)"),
+]
+
+SIMILAR = {"H200": "H100", "B200": "H100", "H100 PCIe": "H100", "RTX 3090": "RTX 4090"}
+
+
+def find_gpu(name):
+    """The GPU of a name such as H100, capitals or not. Raises UserError for an unknown one."""
+    for known, gpu in GPUS.items():
+        if known.lower() == name.lower().replace("_", " "):
+            return gpu
+    raise UserError(f"--gpu is {name!r}: choose one of {', '.join(GPUS)}, or leave it out to "
+                    "measure this machine")
+
+
+def published_mfu(gpu, parameters, recompute):
+    """(MFU, its source in words): of the model nearest in size on that GPU or a similar one.
+
+    Recomputing every activation takes a forward pass more, 8 instead of 6 FLOPs for each weight.
+    """
+    rows = [row for row in MEASURED_MFU if row.gpu == gpu.name.removesuffix(" 40GB")]
+    note = ""
+    if not rows:
+        similar = SIMILAR.get(gpu.name, "A100")
+        rows = [row for row in MEASURED_MFU if row.gpu == similar]
+        note = f"nothing published was found for {gpu.name}; assumed as "
+    nearest = min(rows, key=lambda row: max(row.parameters / parameters,
+                                            parameters / row.parameters))
+    mfu = nearest.mfu
+    size = f"{nearest.parameters / 1e6:,.0f}M parameters on "
+    source = note + size + nearest.source
+    if recompute and not nearest.recomputed:
+        mfu, source = mfu * 6 / 8, source + "; times 6/8 for recomputing"
+    if nearest.recomputed and not recompute:
+        mfu, source = mfu * 8 / 6, source + "; it recomputed activations, times 8/6 without"
+    return mfu, source
