@@ -20,7 +20,7 @@ $ python bench.py processes
 The first ten minutes on a GPU, with a table for the README; a part that fails does not end it:
 $ python bench.py gpu --out FOLDER
 
-How much a token teaches, Muon beside AdamW (docs/learning.md; hours, it continues where it stopped):
+What a token teaches, Muon beside AdamW (docs/learning.md); hours, it continues if stopped:
 $ python bench.py learning --data_root DATASET --out FOLDER
 How many of a model's samples are Python:
 $ python bench.py samples --checkpoint_path log/latest_checkpoint.pt
@@ -64,7 +64,8 @@ ALONE = dict(gpu=bench_gpu, learning=bench_learning, samples=bench_samples)
 def make_parser():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("what", choices=(*BENCHES, *ALONE, "all"), help="all: everything but gpu, learning and samples")
+    add("what", choices=(*BENCHES, *ALONE, "all"),
+        help="all: everything but gpu, learning and samples")
     add("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),

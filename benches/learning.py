@@ -15,8 +15,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benches.turns import ROOT, last_lines
+import torch
+
+from benches.turns import ROOT, last_lines, take_turns
 from gptlib.common import UserError, atomic_write, log
+from gptlib.runtime import prepare_device, resolve_device, resolve_dtype
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
@@ -187,6 +191,30 @@ class Experiment:
                     muon=points, muon_tokens_to_adamw_loss=tokens, ratio=ratio)
 
 
+def time_steps(size, rounds):
+    """Steps per second of Muon and AdamW in turns, on random tokens: a list as of take_turns."""
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    prepare_device(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def contender(optimizer):
+        cfg = TrainConfig(**run_settings(size, optimizer, 1e-3, 1, 0))
+        B, T = cfg.batch_size, cfg.block_size
+        model = GPT(GPTConfig(T, 2048, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
+        optimizers = configure_optimizers(model, cfg, device)
+        x, y = torch.randint(2048, (2, B, T), device=device)
+
+        def work():
+            for _ in range(5):
+                take_step(model, [(x, y, B * T)], optimizers, scaler, autocast, 1e-3, cfg)
+            return 5
+        return work
+
+    return take_turns({name: contender(name) for name in ("muon", "adamw")}, rounds, "steps")
+
+
 def bench_learning(args):
     """Muon's tokens to AdamW's final loss, a JSON file with every run, and a picture."""
     if not args.out:
@@ -199,6 +227,7 @@ def bench_learning(args):
     log(f"  best rates on the dev split: {best}")
     save(args, experiment, dict(result, rates=best))
     result.update(experiment.compare(best))
+    result["step_rates"] = time_steps(args.size, args.rounds)
     save(args, experiment, result)
     if result["ratio"]:
         log(f"  Muon comes to AdamW's final loss of {result['adamw_loss']:.4f} with "
@@ -207,12 +236,42 @@ def bench_learning(args):
 
 
 def save(args, experiment, result):
-    """Write FOLDER/learning_SIZE.json with all that is known so far, and draw learning_SIZE.png."""
+    """Write learning_SIZE.json and learning_SIZE.md with all that is known so far, and a picture."""
     result = dict(result, runs=experiment.runs)
     text = json.dumps(result, indent=1)
     path = Path(args.out) / f"learning_{args.size}.json"
     atomic_write(path, lambda f: f.write(text.encode()))
+    tables = format_tables(result)
+    atomic_write(path.with_suffix(".md"), lambda f: f.write(tables.encode()))
     draw_learning(result, path.with_suffix(".png"))
+
+
+def format_tables(result):
+    """The sweep and the comparison as the tables of docs/learning.md."""
+    lines = ["| rate | AdamW | Muon |", "|---|---|---|"]
+    swept = {(run["settings"]["max_lr"], run["settings"]["optimizer"]): run["loss"]
+             for run in result["runs"] if run["settings"].get("dev")}
+    for rate in sorted({rate for rate, _ in swept}):
+        cells = [f"{swept[rate, name]:.4f}" if swept.get((rate, name)) else ""
+                 for name in OPTIMIZERS]
+        lines.append(f"| {rate:g} | {cells[0]} | {cells[1]} |")
+
+    lines += ["", "| | tokens | loss of each seed | mean |", "|---|---|---|---|"]
+    compared = {}
+    for run in result["runs"]:
+        if not run["settings"].get("dev"):
+            key = run["settings"]["optimizer"], run["settings"]["max_lr"], run["tokens"]
+            compared.setdefault(key, []).append(run["loss"])
+    for (optimizer, rate, tokens), losses in compared.items():
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"| {optimizer}, rate {rate:g} | {tokens:,} | {shown} | "
+                     f"{statistics.mean(losses):.4f} |")
+    if result.get("ratio"):
+        slower = 1 / result["step_rates"][0]["ratio"]
+        lines += ["", f"Muon comes to AdamW's final loss with {result['ratio']:.2f} of its tokens. "
+                      f"Its steps take {slower:.2f} times as long (in turns, median), so that is "
+                      f"{result['ratio'] * slower:.2f} of the time."]
+    return "\n".join(lines) + "\n"
 
 
 # -----------------------------------------------------------------------------
