@@ -364,10 +364,10 @@ class TrainConfig:
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
-    shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such as "
-                               "the GPUs of a host; 0: all", 0)
-    reduce_each: bool = setting(False, "add up gradients over the processes after each micro-batch: "
-                                "with --shard less memory, more communication")
+    shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
+                               "as the GPUs of a host; 0: all", 0)
+    reduce_each: bool = setting(False, "add up gradients over the processes after each "
+                                "micro-batch: with --shard less memory, more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")

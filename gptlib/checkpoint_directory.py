@@ -44,6 +44,9 @@ class DirectoryWriter:
         self.tmp = self.path.with_name(self.path.name + ".tmp")
         self.rank = dist.get_rank(process_group)
         tensors, self.skeleton = split_sharded(state)
+        for name, tensor in tensors.items():
+            if tensor.device.type == "cpu":  # torch copies from GPUs only
+                tensors[name] = tensor.clone()
         error = report(lambda: make_empty(self.tmp)) if self.rank == 0 else None
         self.errors = self.share(error)
         if not any(self.errors):
@@ -120,7 +123,7 @@ def describe(error):
 
 
 def split_sharded(state):
-    """({name: DTensor}, the state with an empty tensor in place of each DTensor).
+    """({name: DTensor}, a copy of the state with an empty tensor in place of each DTensor).
 
     The empty ones lie on the meta device: they have a shape and a dtype and no numbers. Of tied
     tensors, such as the embedding and the head, the first one's name counts.
@@ -129,7 +132,7 @@ def split_sharded(state):
 
     def replace(leaf, name):
         if not isinstance(leaf, DTensor):
-            return leaf.detach().cpu() if torch.is_tensor(leaf) else leaf
+            return leaf.detach().to("cpu", copy=True) if torch.is_tensor(leaf) else leaf
         if id(leaf) not in skeletons:
             tensors[name] = leaf.detach()
             skeletons[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")

@@ -19,7 +19,8 @@ from gptlib.checkpoint_directory import SafeReader
 from gptlib.common import UserError
 from inference import load_for_sampling
 
-CHECKS = ["muon_replicated", "muon_sharded", "initial_weights", "full_disk", "memory_of_a_start"]
+CHECKS = ["muon_replicated", "muon_sharded", "initial_weights", "training_goes_on", "full_disk",
+          "memory_of_a_start"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
@@ -67,7 +68,7 @@ def root(tmp_path_factory):
     train(2,
           two_adamw=dict(shard=True, recompute=True),
           two_muon=dict(shard=True, largest_file=0, keep_checkpoints=2, **MUON),
-          two_ddp=MUON,
+          two_ddp=dict(recompute=True, **MUON),
           one_to_two=dict(shard=True, **MUON, **resume("one_muon/model_00002.pt")),
           half=dict(shard=True, dtype="bfloat16"),
           started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
