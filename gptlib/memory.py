@@ -128,11 +128,12 @@ def optimizer_bytes(sizes, name, share):
 def sharding_bytes(sizes):
     """Bytes that a sharded model gathers and reduces through.
 
-    What is outside of the blocks stays whole in the forward and the backward pass. Of the blocks,
-    one computes while the next is gathered, and each has a buffer beside its weights; of the
+    What is outside of the blocks stays whole in the forward and the backward pass: its weights
+    with their buffer, its gradients with the copy that is being reduced. Of the blocks, one
+    computes while the next is gathered, and each has a buffer beside its weights; of the
     gradients, one block's whole ones and their copy that is being reduced.
     """
-    return 2 * 4 * sizes.root + (2 * 2 + 2) * 4 * sizes.block
+    return (2 + 2) * 4 * sizes.root + (2 * 2 + 2) * 4 * sizes.block
 
 
 def checkpoint_bytes(sizes, optimizer):

@@ -221,9 +221,10 @@ def memory_lines(sizes, cfg, ranks, budget, bits):
         columns[flags] = rows
     names = ["micro-batch, sequences", *PARTS, "most at once", "largest --batch_size"]
     titles = [flags.replace("--shard --recompute", "both") for flags in columns]
-    lines = ["GiB on each device      " + "".join(f"{title:>14}" for title in titles)]
+    lines = ["GiB on each device      " + "".join(f"{title:>{max(14, len(title) + 2)}}"
+                                                  for title in titles)]
     for i, name in enumerate(names):
-        cells = [f"{rows[i]:>{max(14, len(title))}}"
+        cells = [f"{rows[i]:>{max(14, len(title) + 2)}}"
                  for rows, title in zip(columns.values(), titles, strict=True)]
         lines.append(f"{name:24}" + "".join(cells))
     return lines
@@ -293,7 +294,8 @@ def published_lines(sizes, flops_per_token, choice, ranks, gpu):
     if ranks > 1:
         lines.append(f"a step computes for {compute:,.2f} s, beside it a GPU sends "
                      f"{sent / 1e9:,.1f} GB in {communication:,.2f} s at "
-                     f"{gpu.link / 1e9:,.0f} GB/s in a host, {gpu.network / 1e9:,.0f} between hosts ({gpu.source})")
+                     f"{gpu.link / 1e9:,.0f} GB/s in a host, {gpu.network / 1e9:,.0f} between "
+                     f"hosts ({gpu.source})")
         lines.append("the longer of the two counts: they overlap")
     return lines + time_lines(cfg, step_seconds, cfg.total_batch_size / step_seconds, ranks)
 
@@ -392,6 +394,7 @@ def print_plan(cfg, create_model):
     if list_shards(cfg.data_root, "train"):
         tokenizer = load_tokenizer(cfg.data_root)
     else:
-        tokenizer = SimpleNamespace(n_vocab=DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS)
+        n_vocab = DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS
+        tokenizer = SimpleNamespace(n_vocab=n_vocab)
     for line in plan(cfg, lambda cfg: create_model(cfg, tokenizer), sys.argv[1:]):
         print(line)
