@@ -236,7 +236,7 @@ def bench_learning(args):
 
 
 def save(args, experiment, result):
-    """Write learning_SIZE.json and learning_SIZE.md with all that is known so far, and a picture."""
+    """Write learning_SIZE.json, its tables (.md) and its picture (.png), with all known so far."""
     result = dict(result, runs=experiment.runs)
     text = json.dumps(result, indent=1)
     path = Path(args.out) / f"learning_{args.size}.json"
