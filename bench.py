@@ -22,7 +22,7 @@ $ python bench.py processes
 The first ten minutes on a GPU, with a table for the README; a part that fails does not end it:
 $ python bench.py gpu --out FOLDER
 
-How much a token teaches, Muon beside AdamW (docs/learning.md); hours, and it can be stopped:
+What a token teaches, Muon beside AdamW (docs/learning.md); hours, it continues if stopped:
 $ python bench.py learning --data_root DATASET --out FOLDER
 How many of a model's samples are Python:
 $ python bench.py samples --checkpoint_path log/latest_checkpoint.pt

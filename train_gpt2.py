@@ -44,7 +44,7 @@ from gptlib.lock import lock_directory
 from gptlib.muon import Muon
 from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
 from gptlib.plan import print_plan
-from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr
+from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
@@ -417,13 +417,7 @@ def parse_flags(argv=None):
     parser = ArgumentParser(__doc__)
     add_flags(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "")
-    if preset and preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}: choose one of {', '.join(PRESETS)}")
-    settings = dict(PRESETS.get(preset, {}))
-    if given.get("optimizer") == "muon" and settings.get("optimizer") != "muon":
-        settings.pop("max_lr", None)  # it is AdamW's; Muon has a default of its own
-    return {**settings, **given}
+    return {**preset_settings(given), **given}
 
 
 # -----------------------------------------------------------------------------
@@ -455,11 +449,7 @@ def configure_optimizers(model, cfg, device, world=World()):
 
 
 def get_lr(step, cfg):
-    """The learning rate of a step: linear warm-up to max_lr, then down to min_lr.
-
-    By a cosine, or in a straight line (arXiv:2502.15938), or "wsd": constant, then a line over the
-    last fifth of the run (warm-up, stable, decay: arXiv:2405.18392).
-    """
+    """The learning rate of a step: linear warm-up to max_lr, then as lr_schedule says to min_lr."""
     if step < cfg.warmup_steps:
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
     decay_steps = max(cfg.max_steps - cfg.warmup_steps, 1)

@@ -15,21 +15,25 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benches.turns import ROOT, last_lines
+import torch
+
+from benches.turns import ROOT, last_lines, take_turns
 from gptlib.common import UserError, atomic_write, log
+from gptlib.runtime import prepare_device, resolve_device, resolve_dtype
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
-# The models, with the five rates of each optimizer. Those of the larger model are around the best
-# rates of the smaller one, divided by the ratio of their widths (2).
+# The models, with the five rates of each optimizer, the likeliest first. Those of the larger model,
+# twice as wide, are half of those of the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
-                 rates=dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                            muon=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))),
+                 rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
+                            muon=(8e-3, 4e-3, 1.6e-2, 2e-3, 3.2e-2))),
     "10M": dict(model=dict(n_layer=5, n_head=6, n_embd=384),
-                rates=dict(adamw=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-                           muon=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))),
+                rates=dict(adamw=(2e-3, 1e-3, 4e-3, 5e-4, 8e-3),
+                           muon=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2))),
 }
 COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
               lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
@@ -149,19 +153,28 @@ class Experiment:
         self.runs += results
         return results
 
-    def sweep(self, optimizer):
-        """The best rate on the dev split; beyond an end of the grid, three times at most, as long
-        as the best is there.
+    def sweep(self):
+        """{optimizer: its best rate on the dev split}.
+
+        Where the best rate is at an end of the grid, the sweep goes on beyond it, three times at
+        most.
         """
-        rates = list(SIZES[self.size]["rates"][optimizer])
-        tried = []
-        while True:
-            new = [rate for rate in rates if rate not in [t["settings"]["max_lr"] for t in tried]]
-            tried += self.run([(optimizer, rate, self.steps, 0, dict(dev=True)) for rate in new])
-            best = best_rate(tried)
-            if len(rates) == MAX_RATES or min(rates) < best < max(rates):
-                return best
-            rates.append(best / 2 if best == min(rates) else best * 2)
+        grids = {optimizer: list(SIZES[self.size]["rates"][optimizer]) for optimizer in OPTIMIZERS}
+        tried = {optimizer: [] for optimizer in OPTIMIZERS}
+        new = [(optimizer, rate) for pair in zip(*grids.values(), strict=True)
+               for optimizer, rate in zip(OPTIMIZERS, pair, strict=True)]
+        while new:
+            results = self.run([(*pair, self.steps, 0, dict(dev=True)) for pair in new])
+            for (optimizer, _), result in zip(new, results, strict=True):
+                tried[optimizer].append(result)
+            new = []
+            for optimizer, rates in grids.items():
+                best = best_rate(tried[optimizer])
+                inside = min(rates) < best < max(rates)
+                if not inside and len(rates) < MAX_RATES:
+                    rates.append(best / 2 if best == min(rates) else best * 2)
+                    new.append((optimizer, rates[-1]))
+        return {optimizer: best_rate(results) for optimizer, results in tried.items()}
 
     def compare(self, best):
         """AdamW, and Muon at several numbers of tokens, with three seeds; returns a dict."""
@@ -178,6 +191,30 @@ class Experiment:
                     muon=points, muon_tokens_to_adamw_loss=tokens, ratio=ratio)
 
 
+def time_steps(size, rounds):
+    """Steps per second of Muon and AdamW in turns, on random tokens: a list as of take_turns."""
+    device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
+    prepare_device(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def contender(optimizer):
+        cfg = TrainConfig(**run_settings(size, optimizer, 1e-3, 1, 0))
+        B, T = cfg.batch_size, cfg.block_size
+        model = GPT(GPTConfig(T, 2048, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
+        optimizers = configure_optimizers(model, cfg, device)
+        x, y = torch.randint(2048, (2, B, T), device=device)
+
+        def work():
+            for _ in range(5):
+                take_step(model, [(x, y, B * T)], optimizers, scaler, autocast, 1e-3, cfg)
+            return 5
+        return work
+
+    return take_turns({name: contender(name) for name in ("muon", "adamw")}, rounds, "steps")
+
+
 def bench_learning(args):
     """Muon's tokens to AdamW's final loss, a JSON file with every run, and a picture."""
     if not args.out:
@@ -186,12 +223,11 @@ def bench_learning(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     log(f"\nlearning, {args.size} parameters, {args.steps} steps of 2,048 tokens, in {args.out}")
     result = dict(size=args.size, steps=args.steps)
-    best = {}
-    for optimizer in OPTIMIZERS:
-        best[optimizer] = experiment.sweep(optimizer)
-        log(f"  best rate of {optimizer} on the dev split: {best[optimizer]:g}")
-        save(args, experiment, dict(result, rates=best))
+    best = experiment.sweep()
+    log(f"  best rates on the dev split: {best}")
+    save(args, experiment, dict(result, rates=best))
     result.update(experiment.compare(best))
+    result["step_rates"] = time_steps(args.size, args.rounds)
     save(args, experiment, result)
     if result["ratio"]:
         log(f"  Muon comes to AdamW's final loss of {result['adamw_loss']:.4f} with "
@@ -200,12 +236,42 @@ def bench_learning(args):
 
 
 def save(args, experiment, result):
-    """Write FOLDER/learning_SIZE.json with all that is known so far, and draw learning_SIZE.png."""
+    """Write learning_SIZE.json, its tables (.md) and its picture (.png), with all known so far."""
     result = dict(result, runs=experiment.runs)
     text = json.dumps(result, indent=1)
     path = Path(args.out) / f"learning_{args.size}.json"
     atomic_write(path, lambda f: f.write(text.encode()))
+    tables = format_tables(result)
+    atomic_write(path.with_suffix(".md"), lambda f: f.write(tables.encode()))
     draw_learning(result, path.with_suffix(".png"))
+
+
+def format_tables(result):
+    """The sweep and the comparison as the tables of docs/learning.md."""
+    lines = ["| rate | AdamW | Muon |", "|---|---|---|"]
+    swept = {(run["settings"]["max_lr"], run["settings"]["optimizer"]): run["loss"]
+             for run in result["runs"] if run["settings"].get("dev")}
+    for rate in sorted({rate for rate, _ in swept}):
+        cells = [f"{swept[rate, name]:.4f}" if swept.get((rate, name)) else ""
+                 for name in OPTIMIZERS]
+        lines.append(f"| {rate:g} | {cells[0]} | {cells[1]} |")
+
+    lines += ["", "| | tokens | loss of each seed | mean |", "|---|---|---|---|"]
+    compared = {}
+    for run in result["runs"]:
+        if not run["settings"].get("dev"):
+            key = run["settings"]["optimizer"], run["settings"]["max_lr"], run["tokens"]
+            compared.setdefault(key, []).append(run["loss"])
+    for (optimizer, rate, tokens), losses in compared.items():
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"| {optimizer}, rate {rate:g} | {tokens:,} | {shown} | "
+                     f"{statistics.mean(losses):.4f} |")
+    if result.get("ratio"):
+        slower = 1 / result["step_rates"][0]["ratio"]
+        lines += ["", f"Muon comes to AdamW's final loss with {result['ratio']:.2f} of its tokens. "
+                      f"Its steps take {slower:.2f} times as long (in turns, median), so that is "
+                      f"{result['ratio'] * slower:.2f} of the time."]
+    return "\n".join(lines) + "\n"
 
 
 # -----------------------------------------------------------------------------

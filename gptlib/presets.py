@@ -1,6 +1,8 @@
-"""What --preset sets: the demo, and the published sizes of GPT-2 and GPT-3."""
+"""Named sets of train_gpt2.py's flags, for --preset: the demo, and the sizes of GPT-2 and GPT-3."""
 
 import math
+
+from gptlib.common import UserError
 
 
 def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
@@ -48,3 +50,17 @@ PRESETS = {
     "gpt3-13b": model_preset(40, 40, 5120, 1e-4, 2**21, 1, 2048),
     "gpt3-175b": model_preset(96, 96, 12288, 6e-5, 3 * 2**20, 1, 2048),
 }
+
+
+def preset_settings(given):
+    """What the preset among the given flags sets; nothing where there is none.
+
+    Raises UserError for an unknown preset.
+    """
+    name = given.get("preset", "")
+    if name and name not in PRESETS:
+        raise UserError(f"--preset is {name!r}: choose one of {', '.join(PRESETS)}")
+    settings = dict(PRESETS.get(name, {}))
+    if given.get("optimizer") == "muon" and settings.get("optimizer") != "muon":
+        settings.pop("max_lr", None)  # it is AdamW's; Muon has a default of its own
+    return settings

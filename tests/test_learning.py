@@ -87,8 +87,8 @@ def test_a_sweep_chooses_on_the_dev_split(fake_training, tmp_path):
     """A rate that is chosen on the val split makes the reported loss too good."""
     fake_training.loss_of = lambda s: abs(s["max_lr"] - 4e-3) + (0 if s["dev"] else 100)
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
-    assert experiment.sweep("adamw") == 4e-3
-    assert len(fake_training.commands) == 5
+    assert experiment.sweep() == dict(adamw=4e-3, muon=4e-3)
+    assert len(fake_training.commands) == 10
     assert all("--dev=True" in command for command in fake_training.commands)
 
 
@@ -96,10 +96,11 @@ def test_a_sweep_chooses_on_the_dev_split(fake_training, tmp_path):
     (2e-4, 2.5e-4, 8), (1e-2, 8e-3, 5), (1.7e-2, 1.6e-2, 6), (9.0, 1.28e-1, 8)])
 def test_a_sweep_goes_on_beyond_its_ends(fake_training, tmp_path, best, found, tried):
     """The best of five rates at the end of the grid is not the best rate."""
-    fake_training.loss_of = lambda s: abs(s["max_lr"] - best)
+    best_of = dict(adamw=best, muon=8e-3)  # Muon's best is inside of its grid
+    fake_training.loss_of = lambda s: abs(s["max_lr"] - best_of[s["optimizer"]])
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
-    assert experiment.sweep("adamw") == pytest.approx(found)
-    assert len(fake_training.commands) == tried
+    assert experiment.sweep() == pytest.approx(dict(adamw=found, muon=8e-3))
+    assert len(fake_training.commands) == tried + 5
 
 
 def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_path):
@@ -136,7 +137,7 @@ def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning.subprocess, "run", fail)
     with pytest.raises(UserError, match="this disk is full"):
-        Experiment("data", tmp_path, "1.8M", 20, 1).sweep("adamw")
+        Experiment("data", tmp_path, "1.8M", 20, 1).sweep()
     assert len(started) <= 2  # the second may have begun before the first was known to have failed
 
 
@@ -168,11 +169,31 @@ def test_the_picture_of_any_experiment(fake_training, tmp_path):
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
     result = dict(size="1.8M", steps=20, runs=[])
     draw_learning(result, tmp_path / "empty.png")
-    experiment.sweep("muon")
+    experiment.sweep()
     experiment.compare(dict(adamw=1e-3, muon=1e-3))
     draw_learning(dict(result, runs=experiment.runs, adamw_loss=5.0), tmp_path / "all.png")
     assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+
+
+def test_the_tables_of_an_experiment():
+    """What goes into the document is made from the runs: a mean of the wrong seeds would mislead.
+
+    Muon's steps take 1 / 0.8 times as long, so half of the tokens are 0.62 of the time.
+    """
+    def one(optimizer, rate, loss, tokens, **settings):
+        settings = dict(optimizer=optimizer, max_lr=rate, **settings)
+        return dict(settings=settings, loss=loss, tokens=tokens)
+    runs = [one("adamw", 1e-3, 5.0, 100, dev=True), one("adamw", 2e-3, 4.5, 100, dev=True),
+            one("muon", 2e-3, 4.25, 100, dev=True), one("adamw", 2e-3, 4.0, 100),
+            one("adamw", 2e-3, 5.0, 100), one("muon", 2e-3, 3.0, 50)]
+    lines = learning.format_tables(dict(runs=runs, ratio=0.5, step_rates=[dict(ratio=0.8)]))
+    lines = lines.splitlines()
+    assert lines[2:4] == ["| 0.001 | 5.0000 |  |", "| 0.002 | 4.5000 | 4.2500 |"]
+    assert lines[7:9] == ["| adamw, rate 0.002 | 100 | 4.0000, 5.0000 | 4.5000 |",
+                          "| muon, rate 0.002 | 50 | 3.0000 | 3.0000 |"]
+    assert "0.50 of its tokens. Its steps take 1.25 times" in lines[-1]
+    assert "0.62 of the time" in lines[-1]
 
 
 # -----------------------------------------------------------------------------
