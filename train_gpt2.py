@@ -516,8 +516,9 @@ def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(
     n_tokens = min(n_tokens, loader.n_tokens - 1)  # nothing follows the last token of the split
     total = torch.zeros(1, dtype=torch.float64)
     n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
-    batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
-                   desc="validation", leave=False, disable=None if world.rank == 0 else True)
+    batches = loader.batches(0, n_tokens, batch_size, world, model.config.vocab_size)
+    batches = tqdm(batches, total=n_batches, desc="validation", leave=False,
+                   disable=None if world.rank == 0 else True)
     for x, y, n in batches:
         if n == 0:
             continue  # more ranks than rows: this one has no share
