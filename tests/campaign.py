@@ -162,7 +162,10 @@ def limited(file, mode="r", *args, **kwargs):
     matches = isinstance(file, (str, os.PathLike)) and fnmatch.fnmatch(os.path.basename(file), pattern)
     if not matches or not set(mode) & set("wax+"):
         return real(file, mode, *args, **kwargs)
-    binary = io.BufferedWriter(OnFullDisk(file, mode.replace("b", "").replace("t", "")))
+    raw = OnFullDisk(file, mode.replace("b", "").replace("t", ""))
+    if kwargs.get("buffering") == 0:
+        return raw
+    binary = io.BufferedWriter(raw)
     return binary if "b" in mode else io.TextIOWrapper(binary, "utf-8", write_through=False)
 
 builtins.open = io.open = limited
