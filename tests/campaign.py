@@ -68,11 +68,24 @@ def progress(capsys):
 # processes
 
 
+started = []
+
+
+@pytest.fixture
+def no_leftovers():
+    """Nothing that a test has started outlives it, also where it fails."""
+    yield
+    while started:
+        kill_all(started.pop())
+
+
 def start(argv, cwd, **env):
     """Start a command, its output in cwd/output.txt."""
     with open(cwd / "output.txt", "a") as output:
-        return subprocess.Popen(argv, cwd=cwd, env={**environment(), **env}, stdout=output,
-                                stderr=output)
+        process = subprocess.Popen(argv, cwd=cwd, env={**environment(), **env}, stdout=output,
+                                   stderr=output)
+    started.append(process)
+    return process
 
 
 def children(pid):

@@ -20,10 +20,10 @@ from corpus import contents, some_documents, write_jsonl
 
 from gptlib.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
-pytestmark = campaign.marks
-rng, progress = campaign.rng, campaign.progress
+pytestmark = [*campaign.marks, pytest.mark.usefixtures("no_leftovers")]
+rng, progress, no_leftovers = campaign.rng, campaign.progress, campaign.no_leftovers
 
-TRAINING = {**TINY, "max_steps": 400, "eval_interval": 200, "checkpoint_interval": 5,
+TRAINING = {**TINY, "max_steps": 200, "eval_interval": 100, "checkpoint_interval": 5,
             "keep_checkpoints": 3, "dropout": 0.1, "auto_resume": True}
 
 # -----------------------------------------------------------------------------
