@@ -2,6 +2,7 @@
 TensorBoard."""
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -146,12 +147,21 @@ class RunLog:
     def _append(self, name, line):
         path = self.dir / name
         try:
-            with open(path, "a") as file:
-                file.write(line + "\n")
+            append_line(path, line)
         except OSError as error:
             if not self.has_warned:
                 warn(f"{path} can't be written to ({error.strerror}); training goes on")
             self.has_warned = True
+
+
+def append_line(path, line):
+    """Append a line to a file, whole or not at all: the next one must not continue half a line."""
+    data = (line + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def format_line(record):

@@ -53,11 +53,10 @@ def distributed():
     # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
     # sends to the others
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
-    store.set_timeout(COLLECTIVE_TIMEOUT)
-    store = dist.PrefixStore(agree_on_name(store, rank, size), store)
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, world_size=size, rank=rank,
-                            store=store)
+    options = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        options = dict(rank=rank, world_size=size, store=join_store_of_torchrun(rank, size))
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
     try:
         yield World(rank, local_rank, size)
     except Exception as e:
@@ -67,17 +66,25 @@ def distributed():
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 
+def join_store_of_torchrun(rank, size):
+    """The key-value store of torchrun's agent, under a prefix that no earlier processes have used.
+
+    After a failure torchrun starts the processes again with the same store as before
+    (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
+    dead processes, so a process that is faster than its peer tries to connect to a dead one, for
+    up to half a minute, and then fails ("connectFullMesh failed").
+    """
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore(agree_on_name(store, rank, size), store)
+
+
 def agree_on_name(store, rank, size):
     """A name that the processes of one start share, and that no earlier start has used.
 
-    After a failure torchrun starts the processes again, with the same key-value store as before
-    (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
-    dead processes, so a process that is faster than its peer tries to connect to a dead one, for
-    up to half a minute, and then fails ("connectFullMesh failed"). Under a name of their own all
-    keys are new. TORCHELASTIC_RESTART_COUNT is no such name: it differs between hosts.
-
-    The store may also hold what earlier processes wrote here. Each process therefore asks under a
-    random id, and rank 0, which chooses the name, answers every id until all have joined.
+    TORCHELASTIC_RESTART_COUNT is no such name: it differs between hosts. And the store may hold
+    what earlier processes wrote here. Each process therefore asks under a random id, and rank 0,
+    which chooses the name, answers every id until all have joined.
     """
     own_id = uuid.uuid4().hex
     if rank > 0:

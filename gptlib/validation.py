@@ -25,8 +25,9 @@ def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(
     # summed up on the GPU, so that the host does not wait for each batch
     total = torch.zeros(1, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     n_batches = math.ceil(n_tokens / (loader.block_size * world.size * batch_size))
-    batches = tqdm(loader.batches(0, n_tokens, batch_size, world), total=n_batches,
-                   desc="validation", leave=False, disable=None if world.rank == 0 else True)
+    batches = loader.batches(0, n_tokens, batch_size, world, model.config.vocab_size)
+    batches = tqdm(batches, total=n_batches, desc="validation", leave=False,
+                   disable=None if world.rank == 0 else True)
     with autocast:
         for x, y, n in batches:
             if n == 0:

@@ -8,7 +8,6 @@ Whatever happens on the way, the end is compared with that of an undisturbed run
 
 import itertools
 import os
-import random
 import signal
 import time
 
@@ -21,10 +20,10 @@ from corpus import contents, some_documents, write_jsonl
 
 from gptlib.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
-pytestmark = campaign.marks
-rng, progress = campaign.rng, campaign.progress
+pytestmark = [*campaign.marks, pytest.mark.usefixtures("no_leftovers")]
+rng, progress, no_leftovers = campaign.rng, campaign.progress, campaign.no_leftovers
 
-TRAINING = {**TINY, "max_steps": 400, "eval_interval": 200, "checkpoint_interval": 5,
+TRAINING = {**TINY, "max_steps": 200, "eval_interval": 100, "checkpoint_interval": 5,
             "keep_checkpoints": 3, "dropout": 0.1, "auto_resume": True}
 
 # -----------------------------------------------------------------------------
@@ -229,6 +228,12 @@ def test_saving_is_killed(tmp_path, rng, progress):
     """Guards against a torn checkpoint, a latest_checkpoint.pt that leads nowhere, and against
     fewer checkpoints than were asked for."""
     n_kills, newest, n_saved = scaled(60), 0, 0
+    before = tmp_path / "before"
+    before.mkdir()
+    begin = time.monotonic()
+    for i in range(3):
+        save_checkpoint(before, state_of(i), keep=3)
+    seconds = (time.monotonic() - begin) / 3
     for _ in progress(range(n_kills), "saving"):
         pid = os.fork()
         if pid == 0:
@@ -236,7 +241,7 @@ def test_saving_is_killed(tmp_path, rng, progress):
                 save_forever(tmp_path, newest)
             finally:
                 os._exit(1)
-        time.sleep(random.expovariate(20))
+        time.sleep(rng.uniform(0, 10 * seconds))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status), "saving ended by itself"
@@ -251,6 +256,7 @@ def test_saving_is_killed(tmp_path, rng, progress):
         if paths:
             assert int(paths[0].stem[6:]) >= newest, "a checkpoint was lost"
             newest = int(paths[0].stem[6:])
+    assert newest > n_kills, "killed too early to tell anything"
     progress.tell(f"saving: {n_kills} kills -9 in {newest} saves, every checkpoint whole")
 
 

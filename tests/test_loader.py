@@ -16,6 +16,7 @@ from gptlib.common import UserError
 from gptlib.dataset import file_checksum
 from gptlib.loader import TokenLoader, prefetch
 from gptlib.runtime import World
+from train_gpt2 import GPT, GPTConfig, evaluate
 
 
 def epoch_of(loader, epoch, world_size, batch_size, step_tokens):
@@ -133,6 +134,17 @@ def test_an_id_beyond_the_vocabulary_ends_the_run_in_one_line(tmp_path):
     assert done.stderr.strip().endswith(errors[0])
     assert "tiny_train_000002.npy: token 137 is 60000" in errors[0]
     assert "the model's vocabulary has 257 tokens" in errors[0]
+
+
+def test_an_id_beyond_the_vocabulary_in_validation(tmp_path):
+    """The training split was checked and the validation split was not: the same index error."""
+    damaged = english(300, 3)
+    damaged[7] = 60000
+    root = write_dataset(tmp_path / "data", [english(300, 1)], [damaged])
+    model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(UserError, match="tiny_val_000000.npy: token 7 is 60000"):
+        evaluate(model, TokenLoader(root, "val", 32), 200, 4, torch.device("cpu"),
+                 contextlib.nullcontext())
 
 
 class FakeStream:

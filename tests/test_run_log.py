@@ -15,7 +15,7 @@ from conftest import read_log
 
 from gptlib.common import UserError
 from gptlib.plot import plot, select_curve
-from gptlib.run_log import RunLog
+from gptlib.run_log import append_line, RunLog
 
 FACTS = {"config": {"max_lr": 1e-3}}
 
@@ -198,3 +198,20 @@ def test_a_disk_that_is_full_keeps_the_last_plot(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", fail)
     plot(records(tmp_path), tmp_path / "log.png", gpt2_tokens=False)
     assert (tmp_path / "log.png").read_bytes() == b"before"
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    """Half a line stayed when the disk was full, and with room again the next record went on in
+    it: a line of five fields."""
+    resource = pytest.importorskip("resource", reason="limits the size of files: not on Windows")
+    path = tmp_path / "log.txt"
+    append_line(path, "1 train 2.0")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            append_line(path, "2 train 2.0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_line(path, "3 train 2.0")
+    assert path.read_text() == "1 train 2.0\n3 train 2.0\n"
