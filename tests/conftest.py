@@ -109,3 +109,22 @@ def one_thread():
     """A step of a tiny model is over before a second thread has started."""
     import torch
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_gpt2_or_skip()
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A small BPE of several languages; the tests of tokenizers have one of their own."""
+    from interop_helpers import train_mixed_bpe
+    return train_mixed_bpe()
+
+
+@pytest.fixture
+def checkpoint(bpe, tmp_path):
+    """The path of a small model's checkpoint with that tokenizer."""
+    from interop_helpers import write_checkpoint
+    return write_checkpoint(bpe, tmp_path / "model_00001.pt")

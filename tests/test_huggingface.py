@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import load_gpt2_or_skip, run
+from conftest import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from interop_helpers import chinese, greedy, hugging_face, main_of, train_mixed_bpe, write_checkpoint
+from interop_helpers import chinese, greedy, hugging_face, main_of
 from safetensors import SafetensorError
 
 import fineweb
@@ -27,21 +27,6 @@ from train_gpt2 import GPT, GPTConfig, PRESETS
 from gptlib.tokenizer import export_tokenizer
 
 GELU = {"tanh": "gelu_new", "none": "gelu"}
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return load_gpt2_or_skip()
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return train_mixed_bpe()
-
-
-@pytest.fixture
-def checkpoint(bpe, tmp_path):
-    return write_checkpoint(bpe, tmp_path / "model_00001.pt")
 
 
 # -----------------------------------------------------------------------------

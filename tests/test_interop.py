@@ -20,9 +20,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, english, flags, load_gpt2_or_skip, read_log, run, write_dataset
-from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, main_of,
-                             train_mixed_bpe, write_checkpoint)
+from conftest import TINY, english, flags, read_log, run, write_dataset
+from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, main_of)
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -40,21 +39,6 @@ from gptlib.dataset import list_shards
 from gptlib.tokenizer import train_bpe
 
 SHAPELESS = {k: v for k, v in TINY.items() if not k.startswith("n_")}  # the shape is that of the model to begin with
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return load_gpt2_or_skip()
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return train_mixed_bpe()
-
-
-@pytest.fixture
-def checkpoint(bpe, tmp_path):
-    return write_checkpoint(bpe, tmp_path / "model_00001.pt")
 
 
 # -----------------------------------------------------------------------------
