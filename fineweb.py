@@ -18,6 +18,9 @@ The sources of the Python standard library, about 9 MB that every installation c
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 A part of a large source, here its first billion tokens as far as whole documents go:
 $ python fineweb.py --max_tokens 1000000000 --data_root edu_fineweb1B
+The third of eight parts, one for each machine, and how they become one dataset in the end:
+$ python fineweb.py --name sample-350BT --data_root edu_fineweb350B --part 3/8
+$ python fineweb.py --merge --data_root edu_fineweb350B
 Check that no byte of the shards has changed since they were written:
 $ python fineweb.py --verify --data_root books
 
@@ -312,7 +315,7 @@ def shards_to_verify(root):
     return paths
 
 
-def main():
+def make_parser():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data_root", default="edu_fineweb10B", help="dataset directory to write")
@@ -334,7 +337,8 @@ def main():
         help="end before the first document that would go past so many tokens (default: no limit)")
     add("--val_fraction", type=float, default=0.1,
         help="share of the tokens for validation, in a corpus smaller than two shards")
-    add("--num_proc", type=int, help="tokenizing threads (default: one per core)")
+    add("--num_proc", type=int, help="tokenizing threads; where they are more than four, each "
+        "with a process of its own (default: one per core)")
     add("--seed", type=int, default=1337,
         help="seed of the order of documents, in a corpus smaller than two shards")
     add("--prefix", default="edufineweb", help="first part of the names of the shards")
@@ -347,7 +351,11 @@ def main():
     add("--revision", help="commit, branch or tag of the dataset on the Hub (default: the newest)")
     add("--keep_downloads", action="store_true",
         help="download into Hugging Face's cache and keep the files there")
-    args = vars(parser.parse_args())
+    return parser
+
+
+def main():
+    args = vars(make_parser().parse_args())
     if args.pop("merge"):
         meta = merge_parts(args["data_root"])
         print(f"{args['data_root']}: {sum(meta['tokens'].values()):,} tokens in "

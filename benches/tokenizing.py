@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from benches.turns import show_results, take_turns
-from fineweb import prepare
-from gptlib.preparation import encode_stream
-from gptlib.sources import stdlib_files
+from fineweb import write_documents
+from gptlib.preparation import ShardWriter, encode_stream
+from gptlib.sources import open_source, stdlib_files
 from gptlib.tokenizer import load_tokenizer
 
 SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are written in a turn
@@ -133,7 +133,14 @@ def write_like_original(arrays, folder):
     return total
 
 
+def new_meta():
+    """The meta.json of a dataset that is about to be made."""
+    settings = {"shard_size": SHARD_SIZE, "prefix": "bench"}
+    return {"settings": settings, "trained_within": {"head": None, "tail": None}, "order": None}
+
+
 def bench_parquet(args):
+    """The steady rate: each contender has its tokenizer and its list of files before its turn."""
     from datasets import load_dataset
     tokenizer = load_tokenizer("gpt2")
     documents = documents_like_fineweb()
@@ -159,9 +166,14 @@ def bench_parquet(args):
             chunks = encode_stream(tokenizer, documents, n_processes)
             return sum(len(chunk.tokens) for chunk in chunks)
 
+        text = open_source("fineweb", None, str(folder / "hub"), None, "text")
+        text.resolve()
+
         def ours(data_root):
-            meta = prepare(data_root, dataset=str(folder / "hub"), shard_size=SHARD_SIZE)
-            return sum(meta["tokens"].values())
+            writer = ShardWriter(data_root, new_meta(), tokenizer, [])
+            with writer:
+                write_documents(writer, tokenizer, text, n_processes)
+            return writer.totals()["tokens"]
 
         def original(data_root):
             arrays = pool.imap(tokenize_row_in_pool, rows, chunksize=16)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -11,12 +12,14 @@ import numpy as np
 from gptlib.common import UserError, atomic_write
 from gptlib.dataset import save_shard, shard_checksum
 from gptlib.parts import WHOLE
-from gptlib.tokenizer import EOT
+from gptlib.tokenizer import EOT, dump_ranks
+from gptlib.workers import Worker
 
 # -----------------------------------------------------------------------------
 # documents -> tokens
 
 CHUNK = 2**20  # characters that a thread tokenizes at a time
+MAX_THREADS = 4  # that tokenize without processes of their own
 EMPTY, REPAIRED = 1, 2  # what a document is marked with; 0 for an ordinary one
 
 
@@ -100,23 +103,55 @@ def encode_stream(enc, documents, num_proc):
 def encode_batches(enc, batches, num_proc):
     """Yield the Chunk of each batch, in order.
 
-    batches: lists of documents, or RowGroups, which the threads read themselves. num_proc threads
-    tokenize. Threads and not processes: reading and tokenizing work outside the interpreter lock,
-    so no text is copied between processes, the platform's start method does not matter, and no
-    process is left behind when this one is killed.
+    batches: lists of documents, or RowGroups, which are read where they are tokenized. num_proc
+    threads tokenize: tiktoken works outside the interpreter lock. More than MAX_THREADS of them
+    would wait for that lock to read, so then each has a process that handles its RowGroups.
     """
     # Enough batches to keep the threads busy, few enough to bound memory.
     max_queued = num_proc + 16
     pool, queue = ThreadPoolExecutor(num_proc), deque()
+    workers = Workers(enc) if num_proc > MAX_THREADS else None
     try:
         for batch in batches:
-            queue.append(pool.submit(encode_batch, enc, batch))
+            has_worker = workers and not isinstance(batch, list)
+            encode = workers.encode if has_worker else encode_batch
+            queue.append(pool.submit(encode, enc, batch))
             if len(queue) > max_queued:
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        if workers:
+            workers.kill()  # so that no thread waits for a row group that nobody needs
+        pool.shutdown()
+        if workers:
+            workers.close()
+
+
+class Workers:
+    """A Worker for each thread that asks for one."""
+
+    def __init__(self, enc):
+        self.tokenizer = {"name": enc.name, "ranks": dump_ranks(enc._mergeable_ranks)}
+        self.local, self.all = threading.local(), []
+
+    def encode(self, enc, row_group):
+        """encode_batch of a RowGroup, in the process of this thread."""
+        if not hasattr(self.local, "worker"):
+            self.local.worker = Worker(self.tokenizer)
+            self.all.append(self.local.worker)
+        chunk = Chunk(*self.local.worker.encode(row_group))
+        row_group.file.done_with_one()
+        return chunk
+
+    def kill(self):
+        for worker in self.all:
+            worker.process.kill()
+
+    def close(self):
+        for worker in self.all:
+            worker.close()
 
 
 def whole_documents(chunk, max_tokens, eot, token_sizes):

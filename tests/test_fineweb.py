@@ -732,3 +732,15 @@ def test_second_preparation_of_a_directory_is_refused(tmp_path):
         done = fineweb_command("--files", source, "--tokenizer", "bpe", "--vocab_size", 300,
                                "--data_root", tmp_path / "data")
     assert_fails(done, "in use by", str(os.getpid()))
+
+
+def test_table_of_flags_is_complete():
+    """A flag is added, renamed or explained in another way, and docs/data.md is forgotten."""
+    expected = []
+    for action in fineweb.make_parser()._actions:
+        name = action.option_strings[-1]
+        default = "" if action.default is None else f"`{action.default}`"
+        if name != "--help":
+            expected.append(f"| `{name}` | {default} | {action.help} |")
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| `--")] == expected

@@ -4,6 +4,7 @@ python -m pytest tests/test_preparation.py
 Documents to tokens, chunk by chunk, against tiktoken's plain method.
 """
 
+import threading
 import time
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from corpus import ODD, openai_gpt2, small_bpe
 
-from gptlib.preparation import encode_chunk, encode_stream
+from gptlib import preparation
+from gptlib.common import UserError
+from gptlib.preparation import Chunk, ShardWriter, encode_chunk, encode_stream
 from gptlib.tokenizer import EOT, load_tokenizer
 
 
@@ -43,7 +46,8 @@ def test_gpt2_pieces_are_those_of_openai(gpt2, ours, text):
     assert ours.eot_token == 50256
     assert ours.n_vocab == 50257
     assert len(marks) == 3
-    assert num_bytes == len((text + "second" + text).encode())
+    text_tokens = [token for token in tokens.tolist() if token != 50256]
+    assert num_bytes == len(gpt2.decode_bytes(text_tokens))
 
 
 def test_a_million_spaces(bpe):
@@ -69,3 +73,24 @@ def test_memory_is_bounded_by_chunks_in_flight(bpe):
         time.sleep(0.01)
         assert read <= consumed + 2 + 17
     stream.close()
+
+
+def test_tokenizing_goes_on_while_a_shard_is_written(bpe, tmp_path, monkeypatch):
+    """The disk holds up the tokenizing, or its error is lost in the thread that writes."""
+    may_write = threading.Event()
+
+    def slow_save(path, tokens):
+        assert may_write.wait(60), "add waited for the shard to be written"
+        raise UserError("no room")
+
+    monkeypatch.setattr(preparation, "save_shard", slow_save)
+    meta = {"settings": {"shard_size": 50, "prefix": "a"}, "order": None,
+            "trained_within": {"head": None, "tail": None}}
+    chunk = encode_chunk(bpe, ["words of a document " * 10])
+    with pytest.raises(UserError, match="no room"), \
+            ShardWriter(tmp_path, meta, bpe, []) as writer:
+        writer.add(Chunk(chunk.tokens[:49], chunk.marks, 0))
+        writer.add(Chunk(chunk.tokens[:51], b"", 0))  # two shards: one is written, one waits
+        writer.add(Chunk(chunk.tokens[:49], b"", 0))
+        may_write.set()
+        writer.finish()
