@@ -77,7 +77,8 @@ def make_parser():
     add("--quantize", default="none", choices=QUANTIZE_CHOICES,
         help="decode: int8 as well, and what it costs in quality")
     add("--checkpoint_path", default="log/latest_checkpoint.pt",
-        help="decode --quantize: the model whose quality is measured, on its run's val split")
+        help="samples, decode --quantize: the model whose samples or quality are measured "
+             "(default: log/latest_checkpoint.pt)")
     add("--peer", default="", help="train, decode: a checkout of build-nanogpt or nanoGPT")
     add("--preset", default="gpt2", choices=tuple(PRESETS),
         help="train, checkpoint, growth: the model (default: gpt2)")
@@ -111,7 +112,6 @@ def make_parser():
     add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
     add("--steps", type=int, default=2000,
         help="learning: AdamW's steps of 2,048 tokens (default: 2000)")
-    add("--checkpoint_path", default="", help="samples: the model, a checkpoint of the demo")
     add("--prompt", default="",
         help="samples: what they continue (default: the prompt of the run's own samples)")
     add("--num_samples", type=int, default=100, help="samples: how many (default: 100)")

@@ -3,7 +3,7 @@
 import codeop
 import warnings
 
-from gptlib.common import UserError, log
+from gptlib.common import log
 from gptlib.sampling import SamplingParams
 from inference import load_for_sampling, make_engine, start_samples
 
@@ -36,8 +36,6 @@ def judge_python(text, is_cut):
 
 def bench_samples(args):
     """Shares of --num_samples samples of 200 tokens, at several temperatures."""
-    if not args.checkpoint_path:
-        raise UserError("bench.py samples judges a model's samples: name it by --checkpoint_path")
     loaded = load_for_sampling(args.checkpoint_path, args.device)
     prompt = args.prompt or loaded.sample_prompt
     log(f"\n{args.num_samples} samples of up to {SAMPLE_TOKENS} tokens that continue {prompt!r}")

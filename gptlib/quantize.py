@@ -86,8 +86,9 @@ class Int8Linear(nn.Module):
             x = x * self.is_rounded
         largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
         # In a row of zeros 0 / 0 gives any bytes. Their products are multiplied by 0 at the end.
+        x_bytes = round_to_byte(x, largest, self.zero_byte)
         products = torch.ops.onednn.qlinear_pointwise(
-            round_to_byte(x, largest, self.zero_byte), 1.0, 128, self.int8, self.scale, self.zero_points,
+            x_bytes, 1.0, 128, self.int8, self.scale, self.zero_points,
             None, 1.0, 0, torch.float32, "none", [], "")
         return torch.addcmul(y, products, largest)
 
