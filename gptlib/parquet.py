@@ -1,4 +1,4 @@
-"""Text in parquet files, a row group at a time, and how many rows there are without reading them."""
+"""Text in parquet files, a row group at a time."""
 
 import contextlib
 import threading
