@@ -67,10 +67,8 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
     num_proc = os.cpu_count() if num_proc is None else num_proc
     check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
                   max_tokens, pattern)
-    if part != WHOLE and max_tokens is not None:
-        raise UserError("--max_tokens ends the whole source, so it does not go with --part")
-    if part != WHOLE and read_meta(data_root).get("complete"):
-        raise UserError(f"{data_root} is a dataset already: choose another --data_root")
+    if part != WHOLE:
+        check_part(data_root, max_tokens)
     if source == "fineweb" and dataset == FINEWEB:
         name = name or "sample-10BT"
     meta = read_meta(root)
@@ -104,18 +102,21 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
             enc = load_tokenizer(root)  # it was written before meta.json was
         meta |= found_files
         with ShardWriter(root, meta, enc, finished_shards, part) as writer:
-            written = writer.totals()["tokens"]
-            tell_room_needed(root, max_tokens, dataset, name, written, part)
+            tell_room_needed(writer, max_tokens, dataset, name)
             writer.save_meta()
             write_documents(writer, enc, text, num_proc, max_tokens)
         text.close()
+    print_summary(writer, root)
+    return read_meta(root)
+
+
+def print_summary(writer, root):
     where_val_is = "shard 0 is validation"
-    if part.number > 1:
+    if writer.part.number > 1:
         where_val_is = "none for validation, which is in part 1"
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
           f"in {len(writer.shards)} shards, {where_val_is}, in {root}")
-    return read_meta(root)
 
 
 def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix, max_tokens,
@@ -145,6 +146,14 @@ def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, pre
     if max_tokens is not None and tokenizer == "bpe" and max_tokens < 2 * shard_size:
         raise UserError(f"--max_tokens {max_tokens}: expected at least two shards with --tokenizer "
                         f"bpe, {2 * shard_size} tokens; choose a smaller --shard_size")
+
+
+def check_part(data_root, max_tokens):
+    """Raise UserError where no part can be prepared."""
+    if max_tokens is not None:
+        raise UserError("--max_tokens ends the whole source, so it does not go with --part")
+    if read_meta(data_root).get("complete"):
+        raise UserError(f"{data_root} is a dataset already: choose another --data_root")
 
 
 def find_finished_shards(root, meta):
@@ -212,16 +221,17 @@ def named_tokenizer(name):
     return enc
 
 
-def tell_room_needed(root, max_tokens, dataset, name, written, part):
+def tell_room_needed(writer, max_tokens, dataset, name):
     """Print how much room the shards will take, where that is known, and whether there is as much.
 
     Only a warning, because the source may have fewer tokens than --max_tokens.
     """
     known = [max_tokens] if max_tokens else []
     if dataset == FINEWEB and name in FINEWEB_TOKENS:
-        known.append(FINEWEB_TOKENS[name] // part.count)
+        known.append(FINEWEB_TOKENS[name] // writer.part.count)
     if not known:
         return
+    root, written = writer.root, writer.totals()["tokens"]
     needed = 2 * max(0, min(known) - written)  # bytes: a token is a uint16
     free = shutil.disk_usage(root).free
     print(f"the shards take up to {needed / 1e9:.2f} GB more in {root}, where {free / 1e9:.2f} GB "
