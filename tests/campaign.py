@@ -166,8 +166,9 @@ class OnFullDisk(io.FileIO):
         if left[0] <= 0:
             return super().write(data)
         room = limit - self.seek(0, os.SEEK_END)
-        if room <= 0 and len(data) > 0:
+        if room < len(data):
             left[0] -= 1
+        if room <= 0 and len(data) > 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data[:room])
 
