@@ -60,7 +60,9 @@ def validation_loss(model, device, batch_size, compile):
     On CUDA chunked and, with compile, compiled; elsewhere the model's own loss, to the last bit.
     """
     if device.type != "cuda":
-        return lambda idx, targets: model(idx, targets, return_logits=False)[1]
+        # forward without the module's hooks: a sharded model's would gather weights before
+        # Evaluation has told the ranks without a share to take part
+        return lambda idx, targets: model.forward(idx, targets, return_logits=False)[1]
     loss = compile_model(chunked_loss, device, dynamic=False) if compile else chunked_loss
 
     def padded_loss(idx, targets):

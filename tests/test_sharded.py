@@ -71,6 +71,7 @@ def root(tmp_path_factory):
           two_ddp=dict(recompute=True, **MUON),
           one_to_two=dict(shard=True, **MUON, **resume("one_muon/model_00002.pt")),
           half=dict(shard=True, dtype="bfloat16"),
+          one_row=dict(shard=True, max_steps=1, val_tokens=base["block_size"]),
           started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
     train(4,
           four_adamw=dict(shard=True, shard_ranks=2, recompute=True, recompute_every=2),
@@ -79,6 +80,7 @@ def root(tmp_path_factory):
           two_to_ddp=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")))
     train(0,
           half_one=dict(dtype="bfloat16"),
+          one_row_alone=dict(max_steps=1, val_tokens=base["block_size"]),
           two_to_one=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")),
           directory_to_one=dict(shard=False, **MUON, **resume("two_muon/model_00004.pt")))
     return root
@@ -113,6 +115,11 @@ def test_sharded_adamw_equals_one_process(root, run):
     """Gradients that are added up twice or too little, a clip by a rank's own norm, ranks that
     read other tokens, or recomputed activations that differ."""
     assert_same_course(root, run, "one_adamw", rel=3e-6)
+
+
+def test_a_rank_without_validation_rows_takes_part(root):
+    """Two processes that wait for each other: one gathers weights, the other asks who does."""
+    assert_same_course(root, "one_row", "one_row_alone", rel=3e-6)
 
 
 # Newton-Schulz computes in bfloat16: a last digit of the gradients shows in the sixth of the loss
