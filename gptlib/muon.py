@@ -22,7 +22,12 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon whose updates equal those of one process, whoever computes them.
 
     Its state and state dict are those of torch.optim.Muon: a momentum buffer like each parameter.
+    As in torch's fused optimizers, a step leaves everything as it is where the tensor `found_inf`
+    is not 0; that is decided on the device, and the host does not wait.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf = None
 
     def __init__(self, params, world=World(), **options):
         super().__init__(params, **options)
@@ -40,15 +45,21 @@ class Muon(torch.optim.Muon):
             assert group["nesterov"], "there is no other kind here"
             directions = []
             for gradient, momentum in zip(gradients, momenta, strict=True):
+                momentum = local(momentum)
+                gradient = self._unless_bad(local(gradient), momentum)
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
                 # Newton-Schulz computes in bfloat16, so nothing is lost by sending that
-                directions.append(local(direction).bfloat16())
+                directions.append(direction.bfloat16())
             updates = self._orthogonalize(params, directions, group)
             for p, update in zip(params, updates, strict=True):
                 lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
-                local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                local(p).add_(update, alpha=-lr)
+                decayed = local(p).mul(1 - group["lr"] * group["weight_decay"])
+                local(p).copy_(self._unless_bad(decayed.add_(update, alpha=-lr), local(p)))
+
+    def _unless_bad(self, new, old):
+        """new, or old in a step with found_inf."""
+        return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
 
     def _orthogonalize(self, params, directions, group):
         """The orthogonal matrix next to each direction; of a sharded one, this rank's rows."""

@@ -7,7 +7,6 @@ import time
 import torch
 
 from gptlib.common import UserError
-from gptlib.muon import local
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
 
@@ -20,9 +19,9 @@ def update_if_finite(optimizers, norm):
     """Step the optimizers, unless the gradient norm, a tensor of one value, is not finite; then
     weights and moments stay as they are.
 
-    On CUDA the device decides and the host does not ask: AdamW's fused kernel reads `found_inf`,
-    as torch.amp.GradScaler sets it, and so may any optimizer that sets
-    `_step_supports_amp_scaling`. The others are stepped, and what they did is undone.
+    The device decides and the host does not ask: the optimizers that can read `found_inf`, as
+    torch.amp.GradScaler sets it. Only for those that can't, AdamW where it is not fused, the host
+    looks at the norm.
     """
     is_finite = torch.isfinite(norm)
     for optimizer in optimizers:
@@ -30,38 +29,8 @@ def update_if_finite(optimizers, norm):
             optimizer.found_inf = (~is_finite).float()
             optimizer.step()
             del optimizer.found_inf
-        elif norm.is_cuda:
-            step_or_undo(optimizer, is_finite)
         elif is_finite:
             optimizer.step()
-
-
-@torch.no_grad()
-def step_or_undo(optimizer, is_finite):
-    """Step an optimizer whose state is zeros at first, and undo it where is_finite is false, on
-    the device alone.
-
-    For the time of the step it takes as much memory again as the optimizer's weights and state.
-    """
-    before = [tensor.clone() for tensor in tensors_of(optimizer)]
-    n_before = len(before)
-    optimizer.step()
-    after = tensors_of(optimizer)
-    if len(after) > n_before:  # the first step made the state, after the weights
-        before += [torch.zeros_like(tensor) for tensor in after[n_before:]]
-    for tensor, old in zip(after, before, strict=True):
-        tensor.copy_(torch.where(is_finite, tensor, old))
-
-
-def tensors_of(optimizer):
-    """The weights of an optimizer that have a gradient, then the tensors of their state; of sharded
-    ones this rank's rows.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    params = [p for p in params if p.grad is not None]
-    state = [value for p in params for value in optimizer.state.get(p, {}).values()]
-    state = [value for value in state if isinstance(value, torch.Tensor)]
-    return [local(tensor) for tensor in params + state]
 
 
 # -----------------------------------------------------------------------------
