@@ -4,6 +4,7 @@
 """
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,7 @@ def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
 
     def fail(command, **options):
         started.append(command)
+        time.sleep(len(started) - 1)  # a run that began meanwhile takes its time
         return SimpleNamespace(returncode=1, stderr="error: this disk is full\n")
 
     monkeypatch.setattr(learning.subprocess, "run", fail)

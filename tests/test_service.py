@@ -234,7 +234,7 @@ def test_sigterm_finishes_the_requests_in_flight(home):
     """Guards against requests lost at shutdown, and requests taken before the model is loaded."""
     code = (
         FAULTS + "load = serve.load_for_sampling\n"
-        "serve.load_for_sampling = lambda *a: (time.sleep(1), load(*a))[1]"
+        "serve.load_for_sampling = lambda *a, **k: (time.sleep(1), load(*a, **k))[1]"
     )
     with run_server(home, code, SLOTS="1") as server:
         health = server.get("/health")
