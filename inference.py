@@ -265,7 +265,7 @@ def main():
     n_tokens = sum(stream.n_tokens for stream in streams)
     reasons = ", ".join(stream.request.finish_reason for stream in streams)
     log(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.0f} tokens/s; "
-                 f"seed {params.seed}, {reasons}")
+        f"seed {params.seed}, {reasons}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ same command continues an experiment that was interrupted.
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def run_training(out, size, settings):
         flags = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, str(ROOT / "train_gpt2.py"), "--auto_resume",
                    f"--log_dir={folder}", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise UserError(f"{folder.name}: exit code {done.returncode}\n"
                             f"{last_lines(done.stderr)}")

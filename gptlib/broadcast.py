@@ -21,11 +21,18 @@ class TensorPlace:
 
 def map_leaves(nest, function):
     """The same nest of dicts, lists and tuples, every leaf replaced by function(leaf)."""
+    return map_named(nest, lambda leaf, name: function(leaf))
+
+
+def map_named(nest, function, name=""):
+    """The same, with function(leaf, name): the keys that lead to a leaf, "model.lm_head.weight".
+    """
     if isinstance(nest, dict):
-        return {key: map_leaves(value, function) for key, value in nest.items()}
+        return {key: map_named(value, function, f"{name}{key}.") for key, value in nest.items()}
     if isinstance(nest, (list, tuple)):
-        return type(nest)(map_leaves(value, function) for value in nest)
-    return function(nest)
+        items = [map_named(value, function, f"{name}{i}.") for i, value in enumerate(nest)]
+        return type(nest)(items)
+    return function(nest, name[:-1])
 
 
 def split_tensors(nest):

@@ -14,7 +14,6 @@ import os
 import pickle
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 
 import torch
@@ -23,8 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from gptlib.broadcast import map_named
 from gptlib.checkpoint_file import load_without_executing
-from gptlib.common import UserError, first_line, sync_directory
+from gptlib.common import (UserError, crc32_of_file, first_line, sync_directory,
+                           write_synced)
 
 STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
 
@@ -74,10 +75,10 @@ class DirectoryWriter:
 
     def complete(self, checksums, publish):
         """Add what rank 0 writes, and rename."""
-        write_file(self.tmp / STATE, lambda file: torch.save(self.skeleton, file))
+        write_synced(self.tmp / STATE, lambda file: torch.save(self.skeleton, file))
         checksums |= self.checksums_of(STATE) | self.checksums_of(METADATA)
         text = json.dumps(checksums, indent=1).encode()
-        write_file(self.tmp / CHECKSUMS, lambda file: file.write(text))
+        write_synced(self.tmp / CHECKSUMS, lambda file: file.write(text))
         sync_directory(self.tmp)
         if self.path.exists():  # an earlier course of the run
             remove_directory(self.path)
@@ -141,30 +142,11 @@ def split_sharded(state):
     return tensors, map_named(state, replace)
 
 
-def map_named(nest, function, name=""):
-    """The same nest of dicts and lists, every leaf replaced by function(leaf, its name): the keys
-    that lead to it, "model.lm_head.weight"."""
-    if isinstance(nest, dict):
-        return {key: map_named(value, function, f"{name}{key}.") for key, value in nest.items()}
-    if isinstance(nest, (list, tuple)):
-        items = [map_named(value, function, f"{name}{i}.") for i, value in enumerate(nest)]
-        return type(nest)(items)
-    return function(nest, name[:-1])
-
-
 def make_empty(folder):
     """Make a directory; what a killed process left in it goes."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def write_file(path, write):
-    """Write a file through write(f), to the disk."""
-    with open(path, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def remove_directory(path):
@@ -282,11 +264,7 @@ def verify_files(path):
 
 def checksum(path):
     """{"size": bytes, "crc32": of a file}."""
-    crc, size = 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return {"size": size, "crc32": crc}
+    return {"size": path.stat().st_size, "crc32": crc32_of_file(path)}
 
 
 def damaged(path, name, reason):

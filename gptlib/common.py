@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 
@@ -83,10 +84,7 @@ def atomic_write(path, write):
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
+        write_synced(tmp, write)
         os.replace(tmp, path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
@@ -98,6 +96,24 @@ def atomic_write(path, write):
                         "another place; what was there before is intact") from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_synced(path, write):
+    """Write a file through write(f), f a binary file, and wait until it is on the disk."""
+    with open(path, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def crc32_of_file(path):
+    """The CRC-32 of a file, a number. Threads run in parallel: zlib releases the interpreter lock.
+    """
+    crc = 0
+    with open(path, "rb") as f:
+        while data := f.read(2**20):
+            crc = zlib.crc32(data, crc)
+    return crc
 
 
 def sync_directory(path):

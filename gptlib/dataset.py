@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptlib.common import UserError, atomic_write, first_line
+from gptlib.common import UserError, atomic_write, crc32_of_file, first_line
 
 # np.load parses a header as Python code. Python 3.11's parser counts its depth for all threads
 # together, and now and then fails where two threads parse: "recursion depth mismatch".
@@ -95,12 +95,8 @@ def shard_checksum(tokens):
 
 
 def file_checksum(path):
-    """The checksum of a file. Threads run in parallel: zlib releases the interpreter lock."""
-    checksum = 0
-    with open(path, "rb") as f:
-        while data := f.read(2**20):
-            checksum = zlib.crc32(data, checksum)
-    return f"{checksum:08x}"
+    """The checksum of a file, in the same form."""
+    return f"{crc32_of_file(path):08x}"
 
 
 def read_checksums(data_root):
@@ -144,6 +140,12 @@ def read_meta(data_root):
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error}): remove {data_root} and make the dataset "
                         "again") from error
+
+
+def write_meta(data_root, meta):
+    """Write meta.json, whole or not at all."""
+    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(Path(data_root) / "meta.json", lambda f: f.write(text.encode()))
 
 
 def check_meta(meta):

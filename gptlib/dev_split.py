@@ -8,6 +8,7 @@ import numpy as np
 
 from gptlib.common import UserError
 from gptlib.loader import TokenLoader
+from gptlib.preparation import byte_lengths
 from gptlib.report import tokens_per_byte
 from gptlib.tokenizer import load_tokenizer
 
@@ -60,9 +61,7 @@ def open_splits(cfg):
 def count_bytes(loader, tokenizer):
     """The bytes of text that a stream's tokens stand for; <|endoftext|> stands for none."""
     sizes = np.zeros(2**16, dtype=np.int64)  # of every id that a shard can hold
-    for token in range(tokenizer.n_vocab):
-        if token != tokenizer.eot_token:
-            sizes[token] = len(tokenizer.decode_single_token_bytes(token))
+    sizes[:tokenizer.n_vocab] = byte_lengths(tokenizer)
     total = 0
     for i in range(len(loader.paths)):
         total += int(sizes[loader._open_shard(i)].sum())

@@ -1,6 +1,5 @@
 """One dataset made by several machines: the part that each prepares, and how parts are merged."""
 
-import json
 import math
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptlib.common import UserError, atomic_write
-from gptlib.dataset import read_meta
+from gptlib.dataset import read_meta, write_meta
 from gptlib.lock import LOCK_NAME, lock_directory
 
 MAX_SHARDS = 10**6  # shards are numbered with six digits
@@ -84,20 +83,15 @@ def merge_parts(data_root):
         tokenizer = folders[0] / "tokenizer.tiktoken"
         if tokenizer.exists():
             atomic_write(root / tokenizer.name, lambda f: f.write(tokenizer.read_bytes()))
-        save_meta(root, merged | {"complete": False})  # every shard has its record before it comes
+        write_meta(root, merged | {"complete": False})  # every shard has its record before it comes
         for folder, part in zip(folders, metas, strict=True):
             for shard in part["shards"]:
                 if (folder / shard["name"]).exists():
                     os.replace(folder / shard["name"], root / shard["name"])
-        save_meta(root, merged)
+        write_meta(root, merged)
         for folder in folders:
             shutil.rmtree(folder)
     return merged
-
-
-def save_meta(root, meta):
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(root / "meta.json", lambda f: f.write(text.encode()))
 
 
 def read_parts(root, folders):

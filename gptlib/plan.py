@@ -95,6 +95,12 @@ def choose(sizes, cfg, ranks, budget, bits=16):
 # time
 
 
+def group_size(cfg, ranks):
+    """How many ranks gather and reduce together: those that hold one copy of a sharded model, or
+    all."""
+    return (cfg.shard_ranks or ranks) if cfg.shard else ranks
+
+
 def traffic(sizes, cfg, batch_size, ranks):
     """(bytes that a GPU sends inside its group in a step, bytes between copies of the model).
 
@@ -104,7 +110,7 @@ def traffic(sizes, cfg, batch_size, ranks):
     of the blocks once, and reduces the gradients once a step, with --reduce_each once a
     micro-batch. Muon's updates travel in 16 bits.
     """
-    group = (cfg.shard_ranks or ranks) if cfg.shard else ranks
+    group = group_size(cfg, ranks)
     around = (group - 1) / group
     updates = 2 * sizes.hidden if cfg.optimizer == "muon" else 0
     micro_steps = math.ceil(cfg.total_batch_size / (batch_size * sizes.block_size * ranks))
@@ -125,11 +131,15 @@ def communication_seconds(sizes, cfg, batch_size, ranks, gpu):
     fast as the slower of a GPU's link and its host's adapters together.
     """
     inside, between = traffic(sizes, cfg, batch_size, ranks)
-    group = (cfg.shard_ranks or ranks) if cfg.shard else ranks
     bandwidth = gpu.link
-    if group > GPUS_PER_HOST:
+    if group_size(cfg, ranks) > GPUS_PER_HOST:
         bandwidth = min(gpu.link, GPUS_PER_HOST * gpu.network)
     return inside / bandwidth + between / gpu.network
+
+
+def computing_seconds(cfg, flops_per_token, ranks, gpu, mfu):
+    """Seconds a step spends on computation, at a published model FLOPs utilization."""
+    return cfg.total_batch_size * flops_per_token / (ranks * gpu.peak * mfu)
 
 
 def validation_tokens(cfg):
@@ -286,7 +296,7 @@ def published_lines(sizes, flops_per_token, choice, ranks, gpu):
     """Speed and time from published figures, with their sources."""
     cfg = choice.cfg
     mfu, source = published_mfu(gpu, sizes.total, cfg.recompute)
-    compute = cfg.total_batch_size * flops_per_token / (ranks * gpu.peak * mfu)
+    compute = computing_seconds(cfg, flops_per_token, ranks, gpu, mfu)
     sent = sum(traffic(sizes, cfg, choice.batch_size, ranks))
     communication = communication_seconds(sizes, cfg, choice.batch_size, ranks, gpu)
     step_seconds = max(compute, communication)
@@ -372,7 +382,7 @@ def preset_row(sizes, flops_per_token, cfg, ranks, gpu):
         return ["does not fit", f"{smallest / GIB:,.0f} at least", "", "", ""]
     cfg, batch_size = choice.cfg, choice.batch_size
     mfu, _ = published_mfu(gpu, sizes.total, cfg.recompute)
-    compute = cfg.total_batch_size * flops_per_token / (ranks * gpu.peak * mfu)
+    compute = computing_seconds(cfg, flops_per_token, ranks, gpu, mfu)
     flags = f"`--batch_size {batch_size}`"
     if choice.flags != "plain":
         flags = f"`{choice.flags} --batch_size {batch_size}`"

@@ -1,6 +1,5 @@
 """Documents -> tokens -> shards: tokenizing on all cores, and the writer of a dataset directory."""
 
-import json
 import re
 import threading
 from collections import deque
@@ -9,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptlib.common import UserError, atomic_write
-from gptlib.dataset import save_shard, shard_checksum
+from gptlib.common import UserError
+from gptlib.dataset import save_shard, shard_checksum, write_meta
 from gptlib.parts import WHOLE
 from gptlib.tokenizer import EOT, dump_ranks
 from gptlib.workers import Worker
@@ -456,8 +455,7 @@ class ShardWriter:
         for unit in ("tokens", "bytes"):
             self.meta[unit] = {"train": train[unit], "val": val[unit]}
         self.meta |= {"shards": self.shards, "complete": complete}
-        text = json.dumps(self.meta, indent=2, ensure_ascii=False) + "\n"
-        atomic_write(self.root / "meta.json", lambda f: f.write(text.encode()))
+        write_meta(self.root, self.meta)
 
     def totals(self, split=None):
         """The counts of all shards added up, or of the shards of a split."""

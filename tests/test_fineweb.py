@@ -275,13 +275,13 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 import fineweb
-from gptlib import common, dataset, preparation
+from gptlib import common, dataset
 write = common.atomic_write
 def slow(path, content):
     write(path, content)
     print(path, flush=True)
     time.sleep(0.05)
-fineweb.atomic_write = dataset.atomic_write = preparation.atomic_write = slow
+fineweb.atomic_write = dataset.atomic_write = slow
 if __name__ == "__main__":
     common.run_main(fineweb.main)
 """
