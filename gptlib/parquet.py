@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from gptlib.common import UserError
 
-# A row group with more bytes of text than this is read in pieces, so that memory stays bounded.
+# A row group with more bytes of text than this is not given to a process, which would send back all
+# of its tokens at once.
 LARGE_ROW_GROUP = 2**26
+PIECE = 2**20  # bytes of text that are read at a time, about
 
 
 def text_of(value, column, where):
@@ -55,7 +57,7 @@ class ParquetFile:
         self.lock, self.num_unread = threading.Lock(), 1  # 1 for the iterator over row groups
 
     def batches(self, start=0, stop=None):
-        """Yield rows `start` to `stop` as RowGroups, and large row groups as lists of documents."""
+        """Yield rows `start` to `stop` as RowGroups."""
         stop = self.num_rows if stop is None else stop
         begin = 0
         for index in range(self.metadata.num_row_groups):
@@ -63,9 +65,6 @@ class ParquetFile:
             first, last = max(start - begin, 0), min(stop - begin, num_rows)
             begin += num_rows
             if first >= last:
-                continue
-            if self.text_size(index) > LARGE_ROW_GROUP:
-                yield from self.read_in_pieces(index, first, last)
                 continue
             with self.lock:
                 self.num_unread += 1
@@ -79,28 +78,28 @@ class ParquetFile:
         return sum(column.total_uncompressed_size for column in columns
                    if column.path_in_schema.split(".")[0] == self.column)
 
-    def open(self):
-        import pyarrow.parquet
-        return pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata)
+    def rows(self, index, first, last):
+        """Yield rows `first` to `last` of a row group as lists of documents, of PIECE each.
 
-    def read_in_pieces(self, index, first, last):
-        """Yield lists of 1024 documents of rows `first` to `last` of a row group."""
+        Only such a piece is in memory, not the row group: pieces also stay in the processor's
+        cache, and their memory is used again for the next.
+        """
+        import pyarrow.parquet
+        size = self.text_size(index) / self.metadata.row_group(index).num_rows
+        rows_at_a_time = max(1, int(PIECE / max(size, 1)))
         begin = 0
-        with readable(self.path), self.open() as f:
-            for batch in f.iter_batches(1024, row_groups=[index], columns=[self.column]):
+        with (readable(self.path),
+              pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False,
+                                          buffer_size=PIECE) as f):
+            # one thread: as many of these as there are cores may run at a time
+            for batch in f.iter_batches(rows_at_a_time, row_groups=[index],
+                                        columns=[self.column], use_threads=False):
                 rows = batch[0].slice(max(first - begin, 0), max(last - max(begin, first), 0))
                 begin += len(batch)
                 if len(rows):
-                    yield self.texts(rows)
-
-    def read_row_group(self, index, first, last):
-        with readable(self.path), self.open() as f:
-            # one thread: as many of these as there are cores run at a time
-            table = f.read_row_group(index, columns=[self.column], use_threads=False)
-        return self.texts(table[0].slice(first, last - first))
-
-    def texts(self, column):
-        return [text_of(value, self.column, self.path) for value in column.to_pylist()]
+                    yield [text_of(value, self.column, self.path) for value in rows.to_pylist()]
+                if begin >= last:
+                    return
 
     def done_with_one(self):
         with self.lock:
@@ -111,14 +110,17 @@ class ParquetFile:
 
 
 class RowGroup(NamedTuple):
-    """Rows `first` to `last` of a row group, which a thread reads and tokenizes."""
+    """Rows `first` to `last` of a row group, which are read when they are asked for."""
     file: ParquetFile
     index: int
     first: int
     last: int
 
-    def read(self):
-        """The documents (a list of str). Raises UserError where they can't be read."""
-        texts = self.file.read_row_group(self.index, self.first, self.last)
+    def is_large(self):
+        return self.file.text_size(self.index) > LARGE_ROW_GROUP
+
+    def documents(self):
+        """Yield the documents (str). Raises UserError where they can't be read."""
+        for documents in self.file.rows(self.index, self.first, self.last):
+            yield from documents
         self.file.done_with_one()
-        return texts

@@ -86,12 +86,10 @@ def group_documents(documents):
         yield texts
 
 
-def encode_batch(enc, batch):
-    """encode_chunk of a list of documents, or of what a RowGroup reads, in parts of about CHUNK."""
-    if isinstance(batch, list):
-        return encode_chunk(enc, batch)
-    texts = batch.read()
-    return join_chunks([encode_chunk(enc, part) for part in group_documents(texts)])
+def encode_row_group(enc, row_group):
+    """encode_chunk of all documents of a RowGroup, in parts of about CHUNK."""
+    parts = group_documents(row_group.documents())
+    return join_chunks([encode_chunk(enc, part) for part in parts])
 
 
 def encode_stream(enc, documents, num_proc):
@@ -100,21 +98,19 @@ def encode_stream(enc, documents, num_proc):
 
 
 def encode_batches(enc, batches, num_proc):
-    """Yield the Chunk of each batch, in order.
+    """Yield the tokens of all batches as Chunks, in order.
 
-    batches: lists of documents, or RowGroups, which are read where they are tokenized. num_proc
-    threads tokenize: tiktoken works outside the interpreter lock. More than MAX_THREADS of them
-    would wait for that lock to read, so then each has a process that handles its RowGroups.
+    batches: lists of documents, or RowGroups. num_proc threads tokenize: tiktoken works outside the
+    interpreter lock. The calling thread reads, which takes a twentieth of the time; more than
+    MAX_THREADS would wait for it, so then each has a process that reads and tokenizes RowGroups.
     """
-    # Enough batches to keep the threads busy, few enough to bound memory.
+    # Enough work to keep the threads busy, little enough to bound memory.
     max_queued = num_proc + 16
     pool, queue = ThreadPoolExecutor(num_proc), deque()
     workers = Workers(enc) if num_proc > MAX_THREADS else None
     try:
-        for batch in batches:
-            has_worker = workers and not isinstance(batch, list)
-            encode = workers.encode if has_worker else encode_batch
-            queue.append(pool.submit(encode, enc, batch))
+        for encode, work in divide_work(batches, workers):
+            queue.append(pool.submit(encode, enc, work))
             if len(queue) > max_queued:
                 yield queue.popleft().result()
         while queue:
@@ -128,6 +124,18 @@ def encode_batches(enc, batches, num_proc):
             workers.close()
 
 
+def divide_work(batches, workers=None):
+    """Yield (function, what it encodes) for each Chunk that encode_batches makes."""
+    for batch in batches:
+        if isinstance(batch, list):
+            yield encode_chunk, batch
+        elif workers and not batch.is_large():
+            yield workers.encode, batch
+        else:
+            for documents in group_documents(batch.documents()):
+                yield encode_chunk, documents
+
+
 class Workers:
     """A Worker for each thread that asks for one."""
 
@@ -136,7 +144,7 @@ class Workers:
         self.local, self.all = threading.local(), []
 
     def encode(self, enc, row_group):
-        """encode_batch of a RowGroup, in the process of this thread."""
+        """encode_row_group in the process of this thread."""
         if not hasattr(self.local, "worker"):
             self.local.worker = Worker(self.tokenizer)
             self.all.append(self.local.worker)
@@ -179,9 +187,10 @@ def split_chunk(chunk, num_tokens, eot, token_sizes):
 
 def byte_lengths(enc):
     """The bytes of text of each token id, as uint16 (vocab_size,); EOT has none."""
-    lengths = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
-    lengths[enc.eot_token] = 0
-    return np.array(lengths, dtype=np.uint16)
+    lengths = np.zeros(enc.n_vocab, dtype=np.uint16)
+    for token, rank in enc._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
 
 
 def measure(token_sizes, tokens, limit=2**63 - 1):
@@ -341,14 +350,14 @@ class ShardWriter:
             self.write_shards(min_tokens=1)
         else:
             self.meta["order"] = "seeded"
-            self.write_small_corpus(self.take_pending(self.num_pending))
+            self.write_small_corpus(join_chunks(self.take_pending(self.num_pending)))
         self.wait_for_writes(0)
         if len(self.shards) < (2 if self.part.number == 1 else 1):
             self.raise_too_few(self.totals()["tokens"])
         self.save_meta(complete=True)
 
     def take_pending(self, num_tokens):
-        """Take so many tokens, or all there are, from what is pending. Returns a Chunk."""
+        """Take so many tokens, or all there are, from what is pending. Returns Chunks."""
         taken, missing = [], num_tokens
         while missing and self.pending:
             chunk = self.pending.popleft()
@@ -358,7 +367,7 @@ class ShardWriter:
             taken.append(chunk)
             missing -= len(chunk.tokens)
         self.num_pending -= num_tokens - missing
-        return join_chunks(taken)
+        return taken
 
     def write_small_corpus(self, corpus):
         """Shuffle the documents of a whole corpus; write its end as val and the rest as train."""
@@ -401,9 +410,9 @@ class ShardWriter:
             if not self.has_val:
                 size = self.size_of_val(val_size or size)
                 self.has_val = True
-            tokens = self.take_pending(size)
+            chunks = self.take_pending(size)
             self.wait_for_writes(self.MAX_WRITES - 1)
-            self.writes.append(self.writer.submit(self.write_shard, tokens))
+            self.writes.append(self.writer.submit(self.write_shard, chunks))
 
     def size_of_val(self, size):
         """How many of `size` tokens shard 0 has: it ends before what the tokenizer may have seen.
@@ -421,9 +430,11 @@ class ShardWriter:
         while len(self.writes) > max_writes:
             self.writes.popleft().result()
 
-    def write_shard(self, chunk):
+    def write_shard(self, chunks):
         """Add a shard to meta.json, then write the shard."""
-        tokens, index = chunk.tokens, len(self.shards)
+        chunk, index = join_chunks(chunks), len(self.shards)
+        chunks.clear()  # the joined copy is enough
+        tokens = chunk.tokens
         if index == self.part.max_shards():
             raise UserError(f"part {self.part.number} has more than {index} shards: choose a "
                             "larger --shard_size, or fewer parts")

@@ -65,7 +65,7 @@ class FileSource:
     def read(self, skip=0):
         """An iterator of all documents (str) without the first `skip`."""
         for batch in self.batches(skip):
-            yield from batch if isinstance(batch, list) else batch.read()
+            yield from batch if isinstance(batch, list) else batch.documents()
 
     def batches(self, skip=0, part=WHOLE):
         """The documents of a part without its first `skip`, as encode_batches takes them."""
@@ -229,7 +229,7 @@ def read_file(path, column):
                         yield text_of_line(line, column, where)
         elif path.endswith(".parquet"):
             for batch in ParquetFile(path, column).batches():
-                yield from batch if isinstance(batch, list) else batch.read()
+                yield from batch if isinstance(batch, list) else batch.documents()
         else:
             raise UserError(f"{path}: expected .txt, .md, .jsonl, .json.gz or .parquet; "
                             "narrow --files")

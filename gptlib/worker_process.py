@@ -6,7 +6,7 @@ import sys
 
 from gptlib.common import UserError
 from gptlib.parquet import ParquetFile, RowGroup
-from gptlib.preparation import encode_batch
+from gptlib.preparation import encode_row_group
 from gptlib.tokenizer import load_tokenizer
 
 
@@ -22,7 +22,7 @@ def serve(requests, answers):
         try:
             if file is None or file.path != path:
                 file = ParquetFile(path, column)
-            chunk = encode_batch(enc, RowGroup(file, index, first, last))
+            chunk = encode_row_group(enc, RowGroup(file, index, first, last))
         except UserError as error:
             pickle.dump((0, b"", 0, str(error)), answers)
         else:

@@ -230,5 +230,5 @@ def test_file_is_removed_when_its_last_row_is_read(files, tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 5
     for group in groups:
         assert Path(group.file.path).exists()
-        group.read()
+        list(group.documents())
     assert contents(tmp_path) == {}
