@@ -47,6 +47,9 @@ from gptlib.preparation import (ShardWriter, encode_batches, split_chunk, traini
 from gptlib.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
+# bytes: up to four of FineWeb-Edu's files, of 2.15 GB each, are on the disk at a time
+DOWNLOADS = 4 * 2_150_000_000
+
 
 def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
             tokenizer="gpt2", vocab_size=None, shard_size=10**8, val_fraction=0.1, num_proc=None,
@@ -102,7 +105,7 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
             enc = load_tokenizer(root)  # it was written before meta.json was
         meta |= found_files
         with ShardWriter(root, meta, enc, finished_shards, part) as writer:
-            tell_room_needed(writer, max_tokens, dataset, name)
+            tell_room_needed(writer, text, max_tokens, dataset, name)
             writer.save_meta()
             write_documents(writer, enc, text, num_proc, max_tokens)
         text.close()
@@ -221,21 +224,25 @@ def named_tokenizer(name):
     return enc
 
 
-def tell_room_needed(writer, max_tokens, dataset, name):
-    """Print how much room the shards will take, where that is known, and whether there is as much.
+def tell_room_needed(writer, text, max_tokens, dataset, name):
+    """Print how much room the dataset will take, where that is known, and whether there is as much.
 
     Only a warning, because the source may have fewer tokens than --max_tokens.
     """
+    is_fineweb = dataset == FINEWEB and name in FINEWEB_TOKENS
     known = [max_tokens] if max_tokens else []
-    if dataset == FINEWEB and name in FINEWEB_TOKENS:
+    if is_fineweb:
         known.append(FINEWEB_TOKENS[name] // writer.part.count)
     if not known:
         return
     root, written = writer.root, writer.totals()["tokens"]
     needed = 2 * max(0, min(known) - written)  # bytes: a token is a uint16
     free = shutil.disk_usage(root).free
-    print(f"the shards take up to {needed / 1e9:.2f} GB more in {root}, where {free / 1e9:.2f} GB "
-          "are free")
+    what = f"the shards take up to {needed / 1e9:.2f} GB more"
+    if is_fineweb and text.keeps_downloads_in(root):
+        needed += DOWNLOADS
+        what += f", and downloads up to {DOWNLOADS / 1e9:.2f} GB while it runs,"
+    print(f"{what} in {root}, where {free / 1e9:.2f} GB are free")
     if needed > free:
         warn("that may not fit: make room, or choose a smaller --max_tokens or another --data_root")
 

@@ -75,6 +75,10 @@ class FileSource:
         """Find out what reading needs to know. Returns what meta.json has to keep of it."""
         return {}
 
+    def keeps_downloads_in(self, root):
+        """Whether files lie in this directory while they are read."""
+        return False
+
     def close(self):
         """Remove what reading has left on the disk."""
 
@@ -156,6 +160,9 @@ class HubSource(FileSource):
             raise UserError(f"cannot read dataset {self.dataset} ({self.name or 'default'}): "
                             f"{type(error).__name__}: {first_line(error)}. Finished shards are "
                             "kept: repair it and run the same command again") from error
+
+    def keeps_downloads_in(self, root):
+        return bool(self.hub and self.folder and self.folder.is_relative_to(root))
 
     def close(self):
         if self.hub:

@@ -13,6 +13,7 @@ import signal
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from gptlib import preparation
 from gptlib.common import UserError
 from gptlib.dataset import list_shards, read_checksums, read_meta
 from gptlib.lock import lock_directory
+from gptlib.parts import WHOLE
+from gptlib.sources import FINEWEB, HubSource
 from gptlib.tokenizer import EOT, load_tokenizer, train_bpe
 
 BPE = {"tokenizer": "bpe", "vocab_size": 300}
@@ -473,6 +476,22 @@ def test_first_document_past_max_tokens(gpt2, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [python_text(), "short"])
     with pytest.raises(UserError, match="0 tokens in whole documents within --max_tokens 100"):
         prepare_files(tmp_path / "data", source, max_tokens=100)
+
+
+def test_room_for_downloads_is_told(tmp_path, monkeypatch, capsys):
+    """Downloads fill a disk that has room for the shards alone."""
+    monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda root: types.SimpleNamespace(free=21e9))
+    shards = types.SimpleNamespace(root=tmp_path, part=WHOLE,
+                                   totals=lambda: {"tokens": 0})
+    recorded = {"revision": "a", "files": ["a.parquet"]}
+    for folder, fits in ((tmp_path / "downloads", False), (None, True)):
+        source = HubSource(FINEWEB, "sample-10BT", "text", recorded=recorded, folder=folder)
+        source.resolve()
+        fineweb.tell_room_needed(shards, source, None, FINEWEB, "sample-10BT")
+        printed = capsys.readouterr()
+        assert "take up to 20.00 GB more" in printed.out
+        assert ("downloads up to 8.60 GB" not in printed.out) == fits
+        assert ("may not fit" not in printed.err) == fits
 
 
 @pytest.mark.parametrize("free, warns", [(10**4, True), (10**6, False)])

@@ -7,15 +7,16 @@ Documents to tokens, chunk by chunk, against tiktoken's plain method.
 import threading
 import time
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corpus import ODD, openai_gpt2, small_bpe
 
-from gptlib import preparation
+from gptlib import dataset, preparation
 from gptlib.common import UserError
-from gptlib.preparation import Chunk, ShardWriter, encode_chunk, encode_stream
+from gptlib.preparation import Chunk, ShardWriter, byte_lengths, encode_chunk, encode_stream
 from gptlib.tokenizer import EOT, load_tokenizer
 
 
@@ -73,6 +74,25 @@ def test_memory_is_bounded_by_chunks_in_flight(bpe):
         time.sleep(0.01)
         assert read <= consumed + 2 + 17
     stream.close()
+
+
+def test_byte_lengths(gpt2, bpe):
+    """bits per byte are told with wrong sizes of tokens."""
+    for enc in (gpt2, bpe):
+        sizes = byte_lengths(enc)
+        expected = [len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
+        expected[enc.eot_token] = 0
+        assert sizes.tolist() == expected
+
+
+def test_shard_in_pieces_is_what_numpy_writes(tmp_path, monkeypatch):
+    """A shard that is written a piece at a time lacks or repeats some of it."""
+    monkeypatch.setattr(dataset, "WRITTEN_AT_ONCE", 7)
+    for size in (0, 1, 7, 20):
+        tokens = np.arange(size, dtype=np.uint16)
+        np.save(tmp_path / "numpy.npy", tokens)
+        dataset.save_shard(tmp_path / "ours.npy", tokens)
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
 
 
 def test_tokenizing_goes_on_while_a_shard_is_written(bpe, tmp_path, monkeypatch):

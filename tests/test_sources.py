@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptlib.common import UserError
+from gptlib.parquet import ParquetFile
 from gptlib.sources import open_source, read_file, stdlib_files
 
 
@@ -52,6 +53,21 @@ def test_stdlib():
     assert {"json/decoder.py", "argparse.py"} <= names
     folders = {part for name in names for part in Path(name).parts}
     assert not folders & {"test", "tests", "site-packages", "idlelib"}
+
+
+def test_one_huge_row_group(tmp_path):
+    """A file that is a single row group is in memory all at once, or is cut at the wrong rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    documents = [os.urandom(i % 9000).hex() for i in range(3000)]  # 27 MB, hardly compressed
+    pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet", row_group_size=10**6)
+    group, = ParquetFile(str(tmp_path / "a.parquet"), "text").batches(5, 2900)
+    before, largest, found = pa.total_allocated_bytes(), 0, []
+    for document in group.documents():
+        found.append(document)
+        largest = max(largest, pa.total_allocated_bytes() - before)
+    assert found == documents[5:2900]
+    assert largest < 9e6
 
 
 def write_bad_files(root):

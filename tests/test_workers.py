@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from corpus import small_bpe, some_documents
 
-from gptlib import preparation
+from gptlib import parquet, preparation
 from gptlib.common import UserError
 from gptlib.preparation import encode_batches
 from gptlib.sources import FileSource
@@ -73,6 +73,16 @@ def test_errors_of_a_process_are_told(source, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="exit code -9.*--num_proc"):
         for _ in range(100):
             next(stream)
+
+
+def test_large_row_group_is_not_given_to_a_process(source, monkeypatch):
+    """A process sends back the tokens of a file that is one huge row group, all at once."""
+    expected = [token for chunk in encode(source) for token in chunk.tokens.tolist()]
+    monkeypatch.setattr(preparation, "MAX_THREADS", 0)
+    monkeypatch.setattr(parquet, "LARGE_ROW_GROUP", 100)
+    monkeypatch.setattr(preparation.Worker, "__init__", None)  # starting one fails
+    found = [token for chunk in encode(source) for token in chunk.tokens.tolist()]
+    assert found == expected
 
 
 def endless(source):
