@@ -86,7 +86,8 @@ class ParquetFile:
         """
         import pyarrow.parquet
         size = self.text_size(index) / self.metadata.row_group(index).num_rows
-        rows_at_a_time = max(1, int(PIECE / max(size, 1)))
+        # at most 1024, because text that repeats itself is larger than its encoded size
+        rows_at_a_time = min(max(1, int(PIECE / max(size, 1))), 1024)
         begin = 0
         with (readable(self.path),
               pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False,
