@@ -79,7 +79,7 @@ def bench_tokenize(args):
 # from parquet files to shards
 
 
-def documents_like_fineweb(copies=4):
+def documents_like_fineweb(copies=2):
     """The standard library in documents about as long as FineWeb-Edu's, in a random order."""
     text = "\n".join(texts_to_tokenize()) * copies
     rng = np.random.default_rng(0)

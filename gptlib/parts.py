@@ -124,7 +124,9 @@ def read_parts(root, folders):
 
 def recipe(folder, meta):
     """What has to be the same in all parts, as {what: value}."""
-    settings = {key: value for key, value in meta["settings"].items() if key != "part"}
+    # Of a dataset on the Hub the commit counts, however --revision has named it.
+    ignored = {"part", "revision"} if meta.get("hub") else {"part"}
+    settings = {key: value for key, value in meta["settings"].items() if key not in ignored}
     tokenizer = folder / "tokenizer.tiktoken"
     ranks = tokenizer.read_bytes() if tokenizer.exists() else b""
     return {**settings, "contents of the tokenizer": ranks, "files on the Hub": meta.get("hub"),

@@ -59,9 +59,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
         if match := re.fullmatch(rf"/datasets/{REPOSITORY}/resolve/([^/]+)/(.*)", path):
             self.send_file(match[1], match[2])
-        elif re.fullmatch(rf"/api/datasets/{REPOSITORY}(/revision/[^/]+)?", path):
-            siblings = [{"rfilename": name} for name in self.server.files]
-            self.send_json({"id": REPOSITORY, "sha": self.server.commit, "siblings": siblings,
+        elif match := re.fullmatch(rf"/api/datasets/{REPOSITORY}(?:/revision/([^/]+))?", path):
+            commit = COMMIT if match[1] == COMMIT else self.server.commit
+            siblings = [{"rfilename": name} for name in self.files_of(commit)]
+            self.send_json({"id": REPOSITORY, "sha": commit, "siblings": siblings,
                             "private": False, "tags": [], "downloads": 0, "likes": 0})
         elif match := re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/([^/]+)/?(.*)", path):
             found = [entry for entry in self.entries(match[1])
