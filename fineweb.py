@@ -14,7 +14,7 @@ $ python fineweb.py --files "books/**/*.txt" --data_root books
 The same with the tokenizer of a checkpoint (or of another dataset, or of a Hugging Face directory),
 to fine-tune that model:
 $ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root tuning
-The sources of the Python standard library, about 9 MB that every installation carries:
+The functions of the Python standard library, about 4 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 A part of a large source, here its first billion tokens as far as whole documents go:
 $ python fineweb.py --max_tokens 1000000000 --data_root edu_fineweb1B

@@ -8,7 +8,7 @@ from gptlib.sampling import SamplingParams
 from inference import load_for_sampling, make_engine, start_samples
 
 SAMPLE_TOKENS = 200
-TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
+TEMPERATURES = (0.0, 0.4, 0.6, 0.8, 1.0)
 
 
 def judge_python(text, is_cut):

@@ -13,7 +13,8 @@ import numpy as np
 from benches.turns import show_results, take_turns
 from fineweb import write_documents
 from gptlib.preparation import ShardWriter, encode_stream
-from gptlib.sources import open_source, stdlib_files
+from gptlib.sources import open_source
+from gptlib.stdlib import stdlib_files
 from gptlib.tokenizer import load_tokenizer
 
 SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are written in a turn

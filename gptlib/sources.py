@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import sys
-import sysconfig
 import zlib
 from pathlib import Path
 
@@ -17,15 +16,11 @@ from gptlib.hub import FILES_AHEAD, FOOTERS_AHEAD, HubFiles, fetch_ahead, find_p
 from gptlib.parquet import ParquetFile, text_of, unreadable
 from gptlib.parts import WHOLE
 from gptlib.preparation import group_documents
+from gptlib.stdlib import read_functions, stdlib_files
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 # about how many of GPT-2's tokens its samples have
 FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
-
-# Folders of the standard library with tests, tables of code pages, and what some systems leave out.
-NOT_EVERYWHERE = {
-    "test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings",
-    "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
 
 
 def open_source(source, files, dataset, name, column, **hub_options):
@@ -42,9 +37,7 @@ def open_source(source, files, dataset, name, column, **hub_options):
         digest = hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()[:12]
         description = f"{files}, column {column}: {len(paths)} files, names and sizes {digest}"
     elif source == "stdlib":
-        paths = stdlib_files()
-        version = sys.version.split()[0]
-        description = f"standard library of Python {version}: {len(paths)} files"
+        return StdlibSource()
     else:
         raise UserError(f"--source {source}: expected fineweb, files or stdlib")
     if not paths:
@@ -81,6 +74,21 @@ class FileSource:
 
     def close(self):
         """Remove what reading has left on the disk."""
+
+
+class StdlibSource(FileSource):
+    """The functions of the standard library of this Python, each a document."""
+
+    def __init__(self):
+        paths = stdlib_files()
+        version = sys.version.split()[0]
+        description = f"functions of Python {version}'s standard library: {len(paths)} files"
+        super().__init__(description, paths, column=None)
+
+    def batches(self, skip=0, part=WHOLE):
+        if part != WHOLE:
+            raise UserError("--part: the standard library is too small for parts")
+        return group_documents(itertools.islice(read_functions(self.paths), skip, None))
 
 
 class HubSource(FileSource):
@@ -173,20 +181,6 @@ def matching_files(pattern):
     """The files that match a glob pattern, sorted; ** matches any folders, ~ is the home folder."""
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     return [path for path in sorted(found) if os.path.isfile(path)]
-
-
-def stdlib_files():
-    """The .py files of the standard library that every installation has, sorted."""
-    found = []
-    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        # os.walk goes on into what is left in this list
-        folders[:] = [name for name in folders
-                      if name not in NOT_EVERYWHERE and not name.startswith("config-")]
-        for name in names:
-            of_this_machine = name.startswith(("_sysconfigdata", "sitecustomize"))
-            if name.endswith(".py") and not of_this_machine:
-                found.append(os.path.join(folder, name))
-    return sorted(found)
 
 
 def batches_of_files(paths, column, skip, part=WHOLE):

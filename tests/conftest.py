@@ -14,9 +14,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: a core for each, not all cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+MOST_WORKERS = 4  # some tests need a gigabyte
 EOT = 256  # the tiny tokenizer: a token a byte, then <|endoftext|>
+
+
+def pytest_xdist_auto_num_workers(config):
+    """How many processes run the tests: a few for the whole suite, else this one alone.
+
+    Tests on a GPU would share its memory, and the campaign's draw a progress line.
+    """
+    import torch
+    is_one_file = len(config.args) == 1 and ".py" in config.args[0]
+    is_selection = config.option.markexpr != "not campaign"
+    if is_one_file or is_selection or torch.cuda.is_available():
+        return 0
+    return min(os.cpu_count() or 1, MOST_WORKERS)
+
 
 # flags of a model that takes milliseconds a step
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4, max_steps=12,

@@ -235,7 +235,7 @@ def test_shares_of_a_real_model(tmp_path):
                "--num_samples=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]["samples"]
-    assert [r["temperature"] for r in results] == [0.0, 0.5, 0.8, 1.0]
-    assert [r["samples"] for r in results] == [1, 3, 3, 3]
+    assert [r["temperature"] for r in results] == [0.0, 0.4, 0.6, 0.8, 1.0]
+    assert [r["samples"] for r in results] == [1, 3, 3, 3, 3]
     for r in results:
         assert r["compiles"] + r["unfinished"] + r["wrong"] == pytest.approx(1)

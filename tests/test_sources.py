@@ -6,14 +6,12 @@ Documents out of every kind of file, and the line that says which file or row ca
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from gptlib.common import UserError
 from gptlib.parquet import ParquetFile
-from gptlib.sources import open_source, read_file, stdlib_files
+from gptlib.sources import open_source, read_file
 
 
 def open_files(pattern):
@@ -42,17 +40,6 @@ def test_directory_tree_is_read_in_sorted_order(tmp_path):
     read = open_files(tmp_path / "**").read
     assert list(read(0)) == ["zwei <|endoftext|>", "one", ""]
     assert list(read(2)) == [""]
-
-
-def test_stdlib():
-    """The demo's text lacks what every installation has, or takes what only some have."""
-    paths = stdlib_files()
-    assert paths == sorted(paths)
-    assert 7e6 < sum(map(os.path.getsize, paths)) < 14e6
-    names = {os.path.relpath(path, os.path.dirname(os.__file__)) for path in paths}
-    assert {"json/decoder.py", "argparse.py"} <= names
-    folders = {part for name in names for part in Path(name).parts}
-    assert not folders & {"test", "tests", "site-packages", "idlelib"}
 
 
 def test_one_huge_row_group(tmp_path):
