@@ -6,6 +6,7 @@ Documents out of every kind of file, and the line that says which file or row ca
 
 import gzip
 import json
+import os
 
 import pytest
 
