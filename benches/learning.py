@@ -38,6 +38,7 @@ COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True
               lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
               num_samples=0, log_interval=100, keep_checkpoints=1)
 FRACTIONS = (0.5, 0.65, 1.0)  # of AdamW's tokens, for Muon
+SHORTEST = 1 / 16  # so far the least is halved where Muon still ends below AdamW's loss
 
 
 def run_settings(size, optimizer, rate, steps, seed, **changes):
@@ -180,10 +181,18 @@ class Experiment:
         adamw = self.run([("adamw", best["adamw"], self.steps, seed, {}) for seed in SEEDS])
         target = statistics.mean(run["loss"] for run in adamw)
         points = []
-        for fraction in FRACTIONS:
+
+        def run_muon(fraction):
             steps = round(self.steps * fraction)
             muon = self.run([("muon", best["muon"], steps, seed, {}) for seed in SEEDS])
             points.append((muon[0]["tokens"], statistics.mean(run["loss"] for run in muon)))
+
+        for fraction in FRACTIONS:
+            run_muon(fraction)
+        shortest = min(FRACTIONS)
+        while min(points)[1] < target and shortest > SHORTEST:
+            shortest /= 2
+            run_muon(shortest)
         tokens = tokens_to_loss(points, target)
         ratio = tokens / adamw[0]["tokens"] if tokens else None
         return dict(rates=best, adamw_tokens=adamw[0]["tokens"], adamw_loss=target,

@@ -55,6 +55,7 @@ def find_functions(node):
 def without_docstrings(tree):
     """The tree, changed in place; a body that was a docstring alone becomes `pass`."""
     for node in ast.walk(tree):
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and ast.get_docstring(node, False) is not None:
+        has_body = isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        if has_body and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree

@@ -117,6 +117,16 @@ def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_p
     assert result["ratio"] == pytest.approx(0.5)
 
 
+def test_shorter_runs_follow_where_half_is_too_many(fake_training, tmp_path):
+    """Muon is below AdamW's loss in every run, and nobody learns with how many tokens it was."""
+    def loss_of(settings):
+        return 5.0 if settings["optimizer"] == "adamw" else 5.5 - settings["max_steps"] / 100
+    fake_training.loss_of = loss_of
+    result = Experiment("data", tmp_path, "1.8M", 200, 2).compare(dict(adamw=1e-3, muon=2e-3))
+    assert [tokens // 2048 for tokens, _ in result["muon"]] == [100, 130, 200, 50]
+    assert result["ratio"] == pytest.approx(0.25)
+
+
 def test_finished_runs_are_not_run_again(fake_training, tmp_path):
     """A sweep of hours that was stopped must not begin again."""
     settings = run_settings("1.8M", "muon", 1e-3, 20, 1)
