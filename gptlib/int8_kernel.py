@@ -1,8 +1,9 @@
-"""The product with 8-bit weights of int8_kernel.cpp, compiled when it is first needed."""
+"""The product with 8-bit weights of kernels/int8_linear.cpp, compiled when it is first needed."""
 
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from gptlib.common import first_line, log, warn
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).parent / "kernels" / "int8_linear.cpp"
 INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
 COMPILE_SECONDS = 300  # far longer than any compiler takes
 
@@ -25,13 +26,14 @@ def has_instructions():
 
 
 def compiler_command():
-    """The command, without the name of its output, that makes a library of the source."""
+    """The command, without the name of its output, that makes a library in the source's folder."""
     from torch.utils.cpp_extension import include_paths, library_paths
     flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-mprefer-vector-width=512"]
     flags += ["-m" + name.replace("_", "") for name in INSTRUCTIONS]
     flags += [f"-I{path}" for path in include_paths()]
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    return [os.environ.get("CXX", "g++"), *flags, str(SOURCE), *libraries]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    return [*compiler, *flags, SOURCE.name, *libraries]
 
 
 def compile_kernel(folder):
@@ -42,14 +44,14 @@ def compile_kernel(folder):
     command = compiler_command()
     key = hashlib.sha256(SOURCE.read_bytes())
     key.update(" ".join([torch.__version__, *command]).encode())
-    path = Path(folder) / f"int8_kernel_{key.hexdigest()[:16]}.so"
+    path = Path(folder).resolve() / f"int8_linear_{key.hexdigest()[:16]}.so"
     if not path.exists():
         log("compiling the product with 8-bit weights, once (about 10 seconds) ...")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
             output = Path(unfinished) / path.name
-            subprocess.run([*command, "-o", str(output)], check=True, capture_output=True,
-                           text=True, timeout=COMPILE_SECONDS)
+            subprocess.run([*command, "-o", str(output)], cwd=SOURCE.parent, check=True,
+                           capture_output=True, text=True, timeout=COMPILE_SECONDS)
             output.replace(path)  # whole or not at all, whoever else compiles it
     return path
 

@@ -33,11 +33,12 @@ def quantize_rows(weight):
     Raises UserError where a value is not finite.
     """
     weight = weight.detach().float()
-    largest = torch.linalg.vector_norm(weight, float("inf"), dim=1)
+    lowest, highest = weight.aminmax(dim=1)  # in one pass
+    largest = torch.maximum(highest, -lowest)
     if not largest.isfinite().all():
         raise UserError("cannot quantize the model: a weight is not finite")
     scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / WEIGHT_LIMIT
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
 def round_to_byte(x, largest, zero_byte):
@@ -98,7 +99,7 @@ class VnniLinear(nn.Module):
     """A linear layer with int8 weights, multiplied as whole numbers by this repository's kernel.
 
     The formula is that of Int8Linear, in one call from float32 to float32. Weights are padded to
-    PANEL outputs and GROUP inputs, and ordered as int8_kernel.cpp reads them.
+    PANEL outputs and GROUP inputs, and ordered as kernels/int8_linear.cpp reads them.
     """
 
     PANEL = 32  # outputs that the kernel computes at a time
@@ -179,7 +180,8 @@ def compiled_product(device):
 def has_exact_products(kind):
     """Whether the int8 kernels of a class of layers work on this CPU, and add up without overflow.
 
-    oneDNN's for processors without VNNI add pairs of products in 16 bits, which large values exceed.
+    oneDNN's for processors without VNNI add pairs of products in 16 bits: large values exceed
+    these.
     """
     linear = nn.Linear(256, 32, bias=False)
     nn.init.ones_(linear.weight)

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from benches.quantizing import held_out_rows
 from byte_model import CONFIG, N_VOCAB, drain, make_model, make_tokenizer, prompts, uncached
 from conftest import run
 from torch.nn import functional as F
@@ -310,6 +311,13 @@ def test_threads_do_not_change_the_products():
         torch.set_num_threads(1)
 
 
+def test_the_kernel_reads_no_further_than_its_input():
+    """Guards against memory that is read past the end of an input with too few features."""
+    skip_without_kernel()
+    with pytest.raises(RuntimeError, match="expected 96 features, found 95"):
+        VnniLinear(random_linear())(torch.randn(2, 95))
+
+
 def test_the_compiler_is_told_the_right_shape():
     """Guards against a description of the operator with which torch.compile computes wrongly."""
     skip_without_kernel()
@@ -357,6 +365,15 @@ def test_loading_rounds_the_checkpoint_s_own_weights(checkpoint, trained, chosen
     expected = quantize_int8(copy.deepcopy(trained), torch.bfloat16)(idx)[0]
     assert torch.equal(model(idx)[0], expected)
     assert model.transformer.wte.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_its_data_has_no_measured_quality(checkpoint, tmp_path):
+    """Guards against a traceback at the end of a long benchmark."""
+    path = tmp_path / "model_00001.pt"
+    parts = torch.load(checkpoint, weights_only=True)
+    torch.save(parts | {"train_config": {"data_root": str(tmp_path)}}, path)
+    with pytest.raises(UserError, match="there is no val split"):
+        held_out_rows(path, CONFIG.block_size)
 
 
 def test_inference_samples_in_8_bits(checkpoint, tmp_path):

@@ -88,7 +88,8 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& panels, const 
                        const at::Tensor& zero_sum, const at::Tensor& bias, const at::Tensor& mask,
                        const at::Tensor& outliers, const at::Tensor& outlier_weight, int64_t N) {
   const at::Tensor x = input.contiguous();
-  const int64_t K = x.size(-1), padded_K = 4 * panels.size(1), R = x.numel() / K;
+  const int64_t K = mask.numel(), padded_K = 4 * panels.size(1), R = x.numel() / K;
+  TORCH_CHECK(x.size(-1) == K, "expected ", K, " features, found ", x.size(-1));
   auto sizes = x.sizes().vec();
   sizes.back() = N;
   at::Tensor y = at::empty(sizes, x.options());
