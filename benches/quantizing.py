@@ -19,7 +19,11 @@ def held_out_rows(path, block_size):
     train_config = load_checkpoint(path, mmap=True).get("train_config", {})
     if "data_root" not in train_config:
         raise UserError(f"{path} does not say what data it was trained on")
-    tokens = open_shard(list_shards(train_config["data_root"], "val")[0])
+    shards = list_shards(train_config["data_root"], "val")
+    if not shards:
+        raise UserError(f"there is no val split in {train_config['data_root']}, from which {path} "
+                        "was trained")
+    tokens = open_shard(shards[0])
     n = min(len(tokens) - 1, HELD_OUT_TOKENS) // block_size
     starts = torch.arange(n)[:, None] * block_size
     stream = torch.tensor(tokens[:n * block_size + 1].astype("int64"))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptlib.common import UserError
+from gptlib.int8_kernel import load_int8_linear
 from gptlib.runtime import compile_model
 
 QUANTIZE_CHOICES = ("none", "int8")
@@ -32,11 +33,12 @@ def quantize_rows(weight):
     Raises UserError where a value is not finite.
     """
     weight = weight.detach().float()
-    largest = torch.linalg.vector_norm(weight, float("inf"), dim=1)
+    # twice as fast as one pass by vector_norm or aminmax
+    largest = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1))
     if not largest.isfinite().all():
         raise UserError("cannot quantize the model: a weight is not finite")
     scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / WEIGHT_LIMIT
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
 def round_to_byte(x, largest, zero_byte):
@@ -93,6 +95,46 @@ class Int8Linear(nn.Module):
         return torch.addcmul(y, products, largest)
 
 
+class VnniLinear(nn.Module):
+    """A linear layer with int8 weights, multiplied as whole numbers by this repository's kernel.
+
+    The formula is that of Int8Linear, in one call from float32 to float32. Weights are padded to
+    PANEL outputs and GROUP inputs, and ordered as kernels/int8_linear.cpp reads them.
+    """
+
+    PANEL = 32  # outputs that the kernel computes at a time
+    GROUP = 4  # inputs that are multiplied by one instruction
+
+    def __init__(self, linear, outliers=()):
+        super().__init__()
+        self.kernel = load_int8_linear()
+        weight = linear.weight.detach().float()
+        self.N, K = weight.shape
+        pad_N, pad_K = -self.N % self.PANEL, -K % self.GROUP
+        outliers = torch.as_tensor(outliers, dtype=torch.int64)
+        mask = torch.ones(K).index_fill(0, outliers, 0.0)
+        int8, scale = quantize_rows(weight * mask)
+        int8 = F.pad(int8, (0, pad_K, 0, pad_N))
+        groups = int8.view(torch.int32).view(-1, self.PANEL, int8.size(1) // self.GROUP)
+        panels = groups.transpose(1, 2).contiguous()  # (panels, K / GROUP, PANEL)
+        self.int8 = nn.Parameter(panels.view(torch.int8), requires_grad=False)
+        bias = torch.zeros(self.N) if linear.bias is None else linear.bias.detach().float()
+        buffers = dict(
+            scale=F.pad(scale, (0, pad_N)),
+            zero_sum=128 * int8.sum(dim=1, dtype=torch.int32),
+            mask=mask, outliers=outliers,
+            outlier_weight=F.pad(weight[:, outliers].t(), (0, pad_N)).contiguous())
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.bias = F.pad(bias, (0, pad_N))
+        if linear.bias is not None:
+            self.bias = nn.Parameter(self.bias, requires_grad=False)
+
+    def forward(self, x):
+        return self.kernel(x.float(), self.int8, self.scale, self.zero_sum, self.bias, self.mask,
+                           self.outliers, self.outlier_weight, self.N)
+
+
 class WeightOnlyLinear(nn.Module):
     """A linear layer with int8 weights that are converted to the activations' dtype to multiply.
 
@@ -135,15 +177,16 @@ def compiled_product(device):
 # which of them is right for this machine
 
 
-def has_exact_products():
-    """Whether this CPU's int8 kernels add up without overflow.
+def has_exact_products(kind):
+    """Whether the int8 kernels of a class of layers work on this CPU, and add up without overflow.
 
-    Those of processors without VNNI add pairs of products in 16 bits, which large values exceed.
+    oneDNN's for processors without VNNI add pairs of products in 16 bits: large values exceed
+    these.
     """
     linear = nn.Linear(256, 32, bias=False)
     nn.init.ones_(linear.weight)
     try:
-        result = Int8Linear(linear)(torch.ones(1, 256))
+        result = kind(linear)(torch.ones(1, 256))
     except (AttributeError, RuntimeError):  # a build of torch without these kernels
         return False
     return bool(((result - 256).abs() < 0.1).all())
@@ -168,16 +211,20 @@ def fastest_cpu_linear():
     One stream and eight count alike. Int8Linear, the faster for prompts, is given up only
     for one that is a quarter faster.
     """
+    kinds = [WeightOnlyLinear]
+    seconds = {}
     with torch.inference_mode():
-        if not has_exact_products():
-            return WeightOnlyLinear
+        if load_int8_linear() is not None and has_exact_products(VnniLinear):
+            kinds.append(VnniLinear)
+        if has_exact_products(Int8Linear):
+            kinds.append(Int8Linear)
         linear = nn.Linear(1024, 2048, bias=False)
-        seconds = {}
-        for kind in (Int8Linear, WeightOnlyLinear):
+        for kind in kinds:
             layers = [kind(linear) for _ in range(12)]  # 24 MB: more than most caches hold
             seconds[kind] = seconds_per_pass(layers, 1) * seconds_per_pass(layers, 8)
-    is_faster = seconds[WeightOnlyLinear] < seconds[Int8Linear] / 1.25**2
-    return WeightOnlyLinear if is_faster else Int8Linear
+    if Int8Linear in seconds:
+        seconds[Int8Linear] /= 1.25**2
+    return min(seconds, key=seconds.get)
 
 
 # -----------------------------------------------------------------------------
@@ -192,8 +239,10 @@ def check_quantize(name, value):
 
 
 @torch.no_grad()
-def quantize_calibrated(linear, x):
-    """The Int8Linear of a layer, with as many outliers as its error on inputs x asks for."""
+def quantize_calibrated(kind, linear, x):
+    """The Int8Linear or VnniLinear (kind) of a layer, with as many outliers as its error on
+    inputs x asks for.
+    """
     x = x.flatten(0, -2).float()  # (tokens, K)
     expected = F.linear(x, linear.weight, linear.bias)
     bias = 0 if linear.bias is None else linear.bias
@@ -201,7 +250,7 @@ def quantize_calibrated(linear, x):
     typical = x.abs().median(dim=1, keepdim=True).values.clamp(min=1e-30)  # of each token
     by_size = (x.abs() / typical).amax(0).argsort(descending=True)
     for count in OUTLIER_COUNTS:
-        quantized = Int8Linear(linear, by_size[:count])
+        quantized = kind(linear, by_size[:count])
         if (quantized(x) - expected).norm() <= largest_error:
             break
     return quantized
@@ -258,10 +307,12 @@ def quantize_int8(model, dtype=torch.float32):
 
 def layer_maker(model):
     """The function that makes a quantized layer of a linear layer of this model."""
-    if model.lm_head.weight.device.type != "cpu" or fastest_cpu_linear() is WeightOnlyLinear:
-        return WeightOnlyLinear
+    on_cpu = model.lm_head.weight.device.type == "cpu"
+    kind = fastest_cpu_linear() if on_cpu else WeightOnlyLinear
+    if kind is WeightOnlyLinear:
+        return kind
     inputs = read_calibration_inputs(model)
-    return lambda linear: quantize_calibrated(linear, inputs.pop(linear))
+    return lambda linear: quantize_calibrated(kind, linear, inputs.pop(linear))
 
 
 def quantize_head(head, make):

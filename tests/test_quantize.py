@@ -5,37 +5,58 @@
 
 import copy
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from benches.quantizing import held_out_rows
 from byte_model import CONFIG, N_VOCAB, drain, make_model, make_tokenizer, prompts, uncached
 from conftest import run
 from torch.nn import functional as F
 
-from gptlib import quantize
+from gptlib import int8_kernel, quantize
 from gptlib.common import UserError
 from gptlib.engine import Engine
-from gptlib.quantize import Int8Linear, WeightOnlyLinear, quantize_int8, quantize_rows
+from gptlib.int8_kernel import has_instructions, load_int8_linear
+from gptlib.quantize import (Int8Linear, VnniLinear, WeightOnlyLinear, quantize_int8,
+                             quantize_rows)
 from gptlib.tokenizer import tokenizer_to_dict
 from inference import load_model_from_checkpoint
 from train_gpt2 import GPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_int8 = pytest.mark.skipif(not quantize.has_exact_products(),
+needs_int8 = pytest.mark.skipif(not quantize.has_exact_products(Int8Linear),
                                 reason="this CPU or torch has no exact int8 products")
+
+
+def skip_without_kernel():
+    if load_int8_linear() is None:
+        pytest.skip("this CPU has no AVX-512 VNNI, or no C++ compiler works here")
+
+
+@pytest.fixture(params=[pytest.param(Int8Linear, marks=needs_int8), VnniLinear])
+def kind(request):
+    """The classes of layers that multiply whole numbers."""
+    if request.param is VnniLinear:
+        skip_without_kernel()
+    return request.param
 
 
 @pytest.fixture
 def chosen(monkeypatch, request):
     """The class of layers that quantize_int8 takes, whatever this machine would choose."""
     kind = getattr(request, "param", Int8Linear)
+    if kind is VnniLinear:
+        skip_without_kernel()
     monkeypatch.setattr(quantize, "fastest_cpu_linear", lambda: kind)
     return kind
 
 
-KINDS = pytest.mark.parametrize(
-    "chosen", [pytest.param(Int8Linear, marks=needs_int8), WeightOnlyLinear], indirect=True)
+INT8_KIND = pytest.param(Int8Linear, marks=needs_int8)
+WHOLE_NUMBERS = pytest.mark.parametrize("chosen", [INT8_KIND, VnniLinear], indirect=True)
+KINDS = pytest.mark.parametrize("chosen", [INT8_KIND, VnniLinear, WeightOnlyLinear],
+                                indirect=True)
 
 
 def rounded(values, limit=127):
@@ -65,46 +86,47 @@ def test_weights_are_rounded_row_by_row():
     np.testing.assert_allclose(scale.numpy(), expected_scale[:, 0], rtol=1e-6, atol=1e-30)
 
 
-@needs_int8
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_products_equal_the_formula(rows, bias):
+@pytest.mark.parametrize("rows, K, N", [(1, 96, 40), (3, 97, 33), (8, 96, 64), (41, 96, 40)])
+def test_products_equal_the_formula(kind, rows, K, N, bias):
     """Guards against a wrong zero point, a scale of another row or token, a bias that is lost."""
-    linear = random_linear(bias=bias)
-    x = torch.randn(rows, 96)
+    linear = random_linear(K, N, bias)
+    x = torch.randn(rows, K)
     weights, weight_scale = rounded(linear.weight.double().numpy())
     numbers, scale = rounded(x.double().numpy())
     expected = numbers @ weights.T * scale * weight_scale.T
     if bias:
         expected += linear.bias.double().numpy()
-    np.testing.assert_allclose(Int8Linear(linear)(x).numpy(), expected, rtol=1e-4, atol=0.02)
+    result = kind(linear)(x).numpy()
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=0.02)
     # a number on the border between two may be rounded either way: that is one step of one feature
-    assert np.median(np.abs(Int8Linear(linear)(x).numpy() - expected)) < 1e-5
+    assert np.median(np.abs(result - expected)) < 1e-5
 
 
-@needs_int8
-def test_outliers_are_multiplied_in_float32():
+def test_outliers_are_multiplied_in_float32(kind):
     """Guards against a feature that is left out, counted twice, or sets the others' scale."""
     linear = random_linear()
     x = torch.randn(5, 96)
-    x[:, 7] *= 1000
+    x[:, [7, 90]] *= 1000
     expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-    error = (Int8Linear(linear, [7])(x) - expected).abs().max().item()
+    error = (kind(linear, [7, 90])(x) - expected).abs().max().item()
     assert error < 0.05
-    assert (Int8Linear(linear)(x) - expected).abs().max().item() > 1, "this test is too easy"
+    assert (kind(linear)(x) - expected).abs().max().item() > 1, "this test is too easy"
 
 
-@needs_int8
-def test_a_row_depends_on_no_other():
+def test_a_row_depends_on_no_other(kind):
     """Guards against samples that change with the neighbours that a batch happens to have."""
-    layer = Int8Linear(random_linear())
-    x = torch.randn(2, 4, 96)
+    layer = kind(random_linear(N=64), [5])
+    x = torch.randn(2, 9, 96)
     x[0, 1] *= 1000
     x[1, 2] = 0
+    x[1, 3] = float("nan")
     together = layer(x)
+    assert together[1, 3].isnan().all()
     for i in range(2):
-        for j in range(4):
-            assert torch.equal(layer(x[i:i + 1, j:j + 1])[0, 0], together[i, j])
+        for j in range(9):
+            alone = layer(x[i:i + 1, j:j + 1])[0, 0]
+            assert torch.equal(alone.nan_to_num(7e7), together[i, j].nan_to_num(7e7))
     assert torch.equal(together[1, 2], layer.bias), "zeros give the bias"
 
 
@@ -186,7 +208,7 @@ def test_perplexity_is_within_half_a_percent(trained, chosen):
     assert after == pytest.approx(before, rel=0.005)
 
 
-@needs_int8
+@WHOLE_NUMBERS
 def test_planted_outliers_cost_nothing(trained, chosen, monkeypatch):
     """Guards against activation outliers, which leave all other features a few values."""
     planted = plant_outliers(copy.deepcopy(trained))
@@ -214,7 +236,7 @@ def test_the_engine_equals_the_uncached_quantized_model(chosen):
 @KINDS
 def test_parameters_are_counted_as_before(chosen):
     """Guards against /health, and the choice of threads, that miss the weights in 8 bits."""
-    model = GPT(CONFIG)
+    model = GPT(dataclasses.replace(CONFIG, n_embd=32))  # other sizes are padded by zeros
     before = sum(p.numel() for p in model.parameters())
     quantized = quantize_int8(model, torch.bfloat16)
     assert sum(p.numel() for p in quantized.parameters()) == before
@@ -223,7 +245,7 @@ def test_parameters_are_counted_as_before(chosen):
     assert linears == []
 
 
-@needs_int8
+@WHOLE_NUMBERS
 def test_a_bias_free_model_quantizes(chosen):
     """Guards against nanoGPT's checkpoints without biases."""
     torch.manual_seed(0)
@@ -239,27 +261,88 @@ def test_a_bias_free_model_quantizes(chosen):
 
 
 @pytest.mark.parametrize("seconds, exact, expected", [
-    ({Int8Linear: 1.0, WeightOnlyLinear: 0.9}, True, Int8Linear),
-    ({Int8Linear: 1.0, WeightOnlyLinear: 0.5}, True, WeightOnlyLinear),
-    ({Int8Linear: 1.0, WeightOnlyLinear: 9.0}, False, WeightOnlyLinear)])
+    ({Int8Linear: 1.0, VnniLinear: 0.9, WeightOnlyLinear: 0.9}, True, Int8Linear),
+    ({Int8Linear: 1.0, VnniLinear: 0.9, WeightOnlyLinear: 0.5}, True, WeightOnlyLinear),
+    ({Int8Linear: 1.0, VnniLinear: 0.5, WeightOnlyLinear: 0.9}, True, VnniLinear),
+    ({Int8Linear: 1.0, VnniLinear: 1.0, WeightOnlyLinear: 9.0}, False, WeightOnlyLinear)])
 def test_the_clearly_faster_kernel_is_chosen(monkeypatch, seconds, exact, expected):
     """Guards against a choice that noise decides, and against kernels with wrong sums."""
-    monkeypatch.setattr(quantize, "has_exact_products", lambda: exact)
+    skip_without_kernel()
+    monkeypatch.setattr(quantize, "has_exact_products", lambda kind: exact)
     monkeypatch.setattr(quantize, "seconds_per_pass", lambda layers, rows: seconds[type(layers[0])])
     assert quantize.fastest_cpu_linear.__wrapped__() is expected
 
 
-def test_a_cpu_without_exact_products_is_noticed(monkeypatch):
+def test_a_cpu_without_exact_products_is_noticed(monkeypatch, kind):
     """Guards against sums that overflow, and against a torch without the kernels."""
-    forward = Int8Linear.forward
-    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: forward(self, x) * 0.9)
-    assert not quantize.has_exact_products()
+    assert quantize.has_exact_products(kind)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0.9)
+    assert not quantize.has_exact_products(kind)
 
     def missing(self, x):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(Int8Linear, "forward", missing)
-    assert not quantize.has_exact_products()
+    monkeypatch.setattr(kind, "forward", missing)
+    assert not quantize.has_exact_products(kind)
+
+
+# -----------------------------------------------------------------------------
+# this repository's own kernel
+
+
+def test_the_kernel_is_compiled_where_it_can_be():
+    """Guards against a source that no longer compiles: all its tests would be skipped."""
+    if not has_instructions() or shutil.which("g++") is None:
+        pytest.skip("this CPU has no AVX-512 VNNI, or there is no g++")
+    assert load_int8_linear() is not None
+
+
+def test_threads_do_not_change_the_products():
+    """Guards against panels or rows that two threads compute, or none."""
+    skip_without_kernel()
+    layer = VnniLinear(random_linear(K=768, N=1000))
+    x = torch.randn(50, 768)
+    expected = layer(x)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_kernel_reads_no_further_than_its_input():
+    """Guards against memory that is read past the end of an input with too few features."""
+    skip_without_kernel()
+    with pytest.raises(RuntimeError, match="expected 96 features, found 95"):
+        VnniLinear(random_linear())(torch.randn(2, 95))
+
+
+def test_the_compiler_is_told_the_right_shape():
+    """Guards against a description of the operator with which torch.compile computes wrongly."""
+    skip_without_kernel()
+    layer = VnniLinear(random_linear(), [3])
+    args = (layer.int8, layer.scale, layer.zero_sum, layer.bias, layer.mask, layer.outliers,
+            layer.outlier_weight, layer.N)
+    torch.library.opcheck(layer.kernel, (torch.randn(2, 3, 96), *args),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\necho no header >&2\nexit 1\n"])
+def test_without_a_compiler_torch_s_kernels_are_taken(script, tmp_path, monkeypatch, capsys):
+    """Guards against a traceback, and a broken library that is left for the next start."""
+    monkeypatch.setattr(int8_kernel, "has_instructions", lambda: True)
+    compiler = tmp_path / "compiler"
+    if script:
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    assert load_int8_linear.__wrapped__() is None
+    assert "8-bit weights are slower" in capsys.readouterr().err
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr(quantize, "load_int8_linear", lambda: None)
+    assert quantize.fastest_cpu_linear.__wrapped__() is not VnniLinear
 
 
 # -----------------------------------------------------------------------------
@@ -274,7 +357,7 @@ def checkpoint(trained, tmp_path_factory):
     return path
 
 
-@needs_int8
+@WHOLE_NUMBERS
 def test_loading_rounds_the_checkpoint_s_own_weights(checkpoint, trained, chosen):
     """Guards against weights that were rounded to bfloat16 before they are rounded to 8 bits."""
     model = load_model_from_checkpoint(checkpoint, "cpu", "bfloat16", "int8")
@@ -282,6 +365,15 @@ def test_loading_rounds_the_checkpoint_s_own_weights(checkpoint, trained, chosen
     expected = quantize_int8(copy.deepcopy(trained), torch.bfloat16)(idx)[0]
     assert torch.equal(model(idx)[0], expected)
     assert model.transformer.wte.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_its_data_has_no_measured_quality(checkpoint, tmp_path):
+    """Guards against a traceback at the end of a long benchmark."""
+    path = tmp_path / "model_00001.pt"
+    parts = torch.load(checkpoint, weights_only=True)
+    torch.save(parts | {"train_config": {"data_root": str(tmp_path)}}, path)
+    with pytest.raises(UserError, match="there is no val split"):
+        held_out_rows(path, CONFIG.block_size)
 
 
 def test_inference_samples_in_8_bits(checkpoint, tmp_path):
