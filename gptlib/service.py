@@ -210,7 +210,7 @@ class Service:
                         prefix_reuse=settings.prefix_reuse)
         engine.warm_up()
         if settings.prefill_chunk == 0:
-            engine.measure_prefill_chunk()
+            engine.choose_prefill_chunk()
         # latest_checkpoint.pt is a link: the name is that of the file it leads to
         checkpoint_name = Path(settings.model_checkpoint).resolve().stem
         self.name = settings.model_name or checkpoint_name
