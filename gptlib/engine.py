@@ -181,11 +181,12 @@ class Engine:
         if self.block_size < 2 * MIN_CHUNK:
             self.prefill_chunk = self.block_size  # there is nothing to divide
             return
-        self.prefill_chunk = self._measure_prefill_chunk()
+        self.prefill_chunk, seconds = self._measure_prefill_chunk()
         if self.device.type == "cpu":
-            self.pace = PrefillPace(self.prefill_chunk, self.block_size)
+            self.pace = PrefillPace(self.prefill_chunk, seconds, self.block_size)
 
     def _measure_prefill_chunk(self):
+        """The chunk to begin with, and the seconds that it took."""
         rows, size = self.decode_step.shape(self.slots, min(16, self.block_size))
         positions = self._to_device([[0]] * rows)
 
@@ -197,12 +198,14 @@ class Engine:
             limit = self._time(lambda: self.decode_step.run(rows, size, positions))
             largest = self.block_size // 2
             chunk = n = MIN_CHUNK
-            limit = max(limit, 1.2 * self._time(lambda: read(chunk)))
+            seconds = self._time(lambda: read(chunk))
+            limit = max(limit, 1.2 * seconds)
             while n < largest and n == chunk:
                 n = min(n + n // 4, largest)
-                if self._time(lambda n=n: read(n)) <= limit:
-                    chunk = n
-        return chunk
+                longer = self._time(lambda n=n: read(n))
+                if longer <= limit:
+                    chunk, seconds = n, longer
+        return chunk, seconds
 
     def _time(self, work):
         """Seconds that work takes, the median of three times after a first one."""
@@ -261,13 +264,14 @@ class Engine:
                 request.end()
 
     def _admit_at_pace(self):
-        """_admit(), from whose duration the size of the next chunk follows, if others wait."""
+        """_admit() as much as the others can wait for; notes how long it took."""
         others_wait = bool(self.live)
+        if self.pace:
+            self.prefill_chunk = self.pace.next_chunk()
         start = time.perf_counter()
         n_tokens, n_passes = self._admit()
         if self.pace and others_wait and n_tokens:
             self.pace.note_read(n_tokens, n_passes, time.perf_counter() - start)
-            self.prefill_chunk = self.pace.chunk
 
     def _admit(self):
         """Read prompts while there are slots, and sample the first token of each.
