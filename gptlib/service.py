@@ -180,8 +180,10 @@ class Service:
             if is_ready:
                 self.status = "healthy"
         if is_ready:
-            log("serving {model}: {parameters:,} parameters, {device}, {dtype}".format(
-                **self.about))
+            line = "serving {model}: {parameters:,} parameters, {device}, {dtype}"
+            if self.about["quantize"] != "none":
+                line += ", {quantize}"
+            log(line.format(**self.about))
         while self.status != "closed":
             # cleared before the step: work that arrives during it wakes the next round
             self.wake.clear()
@@ -219,7 +221,8 @@ class Service:
         self.about = dict(
             model=self.name, step=loaded.step, parameters=parameters,
             context=model.config.block_size, device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."), sample_prompt=loaded.sample_prompt)
+            dtype=str(weight.dtype).removeprefix("torch."), quantize=settings.quantize,
+            sample_prompt=loaded.sample_prompt)
         self.model = model
 
     def _expire_jobs(self):

@@ -36,6 +36,16 @@ def test_greedy_text_is_the_models_own_in_a_crowd(server, model):
         assert (answer["tokens_generated"], answer["prompt_tokens"]) == (20 + 20 * n, 3 * n)
 
 
+def test_health_says_that_the_weights_are_in_8_bits(home):
+    """Guards against a server in 8 bits that nobody can tell from one in bfloat16."""
+    with run_server(home, QUANTIZE="int8") as server:
+        server.ready()
+        assert server.get("/health").json()["quantize"] == "int8"
+        assert "serving model_40000: " in server.log()
+        assert server.log().strip().endswith(", int8")
+        assert server.post(prompt="abc", max_length=7).json()["tokens_generated"] == 7
+
+
 def test_health_and_metrics_report_the_state(server, model):
     """Guards against metrics that stand still, and names that break Prometheus's rules."""
     health = server.get("/health").json()
@@ -45,6 +55,7 @@ def test_health_and_metrics_report_the_state(server, model):
         step=40000,
         device="cpu",
         dtype="float32",
+        quantize="none",
         slots=4,
         context=64,
         parameters=sum(p.numel() for p in model.parameters()),
