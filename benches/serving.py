@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_letters
 
 import torch
 
@@ -24,10 +25,15 @@ from gptlib.tokenizer import make_encoding, tokenizer_to_dict
 
 
 def offline_tokenizer():
-    """A tokenizer with as many tokens as GPT-2's, for which nothing has to be downloaded."""
-    one_byte = [bytes([i]) for i in range(256)]
-    two_bytes = [bytes([i // 256, i % 256]) for i in range(50000)]
-    return make_encoding("bpe", {token: i for i, token in enumerate(one_byte + two_bytes)})
+    """A tokenizer with as many tokens as GPT-2's, for which nothing has to be downloaded.
+
+    Nearly all of its tokens are letters, so that each is a piece of streamed text: half a
+    character would be held back until the next token comes, and pieces could not be timed.
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    for letters in itertools.islice(itertools.product(ascii_letters, repeat=3), 50000):
+        tokens.append("".join(letters).encode())
+    return make_encoding("bpe", {token: i for i, token in enumerate(tokens)})
 
 
 def request_completion(port, prompt, length, seed, stream, on_first_line=None):
@@ -136,7 +142,8 @@ def bench_newcomer(servers, n_clients, rounds):
             f"{longest * 1e3:.0f} ms at most, {usual * 1e3:.0f} ms before it came: "
             f"x {longest / usual:.1f}")
         if gaps_of[name]:
-            shares = {f"p{percent}": percentile(gaps_of[name], percent) for percent in (50, 99, 100)}
+            gaps = gaps_of[name]
+            shares = {f"p{percent}": percentile(gaps, percent) for percent in (50, 99, 100)}
             results[name]["gaps"] = shares
             log("    their gaps, in usual ones beside the newcomer's text: p50 {p50:.2f}, "
                 "p99 {p99:.2f}, longest {p100:.2f}".format(**shares))

@@ -12,6 +12,7 @@ import torch
 
 from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
 from gptlib.float32_head import Float32Head, can_give_float32
+from gptlib.grouped_attention import group_attention
 from gptlib.packing import can_pack, pack
 from gptlib.prefill_pace import MIN_CHUNK, PASS_COST, PrefillPace
 from gptlib.sampling import SamplingParams, sample_next
@@ -129,6 +130,8 @@ class Engine:
         self.model = pack(model) if use_packed else model
         if use_packed and can_give_float32(model.lm_head):
             self.model.lm_head = Float32Head(model.lm_head)
+        if on_cpu and not compile:
+            self.model = group_attention(self.model)
         self.decode_step = self._make_decode_step(compile)
         depth = self.decode_step.async_depth if async_depth is None else async_depth
         self.async_depth = depth

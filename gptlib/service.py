@@ -223,7 +223,8 @@ class Service:
             context=model.config.block_size, device=str(weight.device),
             dtype=str(weight.dtype).removeprefix("torch."), quantize=settings.quantize,
             sample_prompt=loaded.sample_prompt)
-        self.model = model
+        # the engine's copy: with the loaded model gone, weights that were packed are held once
+        self.model = engine.model
 
     def _expire_jobs(self):
         """Note first tokens; cancel jobs past their deadline and those whose client has left."""

@@ -6,7 +6,14 @@
 import pytest
 import serving
 
-from benches.serving import bench_newcomer, clients, newcomer, percentile, request_completion
+from benches.serving import (
+    bench_newcomer,
+    clients,
+    newcomer,
+    offline_tokenizer,
+    percentile,
+    request_completion,
+)
 
 model, home, server = serving.model, serving.home, serving.server
 
@@ -16,6 +23,15 @@ def test_percentiles_are_by_nearest_rank(percent, expected):
     """Guards against a p99 that is the mean of its neighbours, or the 98th."""
     assert percentile(list(range(100, 0, -1)), percent) == expected
     assert percentile([7.0], percent) == 7.0
+
+
+def test_each_token_is_a_piece_of_text():
+    """Guards against gaps between pieces that are not gaps between tokens."""
+    tokenizer = offline_tokenizer()
+    assert tokenizer.n_vocab == 50257
+    pieces = [tokenizer.decode([i]) for i in range(256, 50256)]
+    assert all(piece.isascii() and piece.isalpha() for piece in pieces)
+    assert len(set(pieces)) == 50000
 
 
 @pytest.mark.parametrize("stream", [False, True])
