@@ -57,7 +57,7 @@ def test_health_says_that_the_weights_are_in_8_bits(home):
 @pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed kernels")
 def test_packed_weights_are_held_once():
     """Guards against a server that keeps the layers it has packed, 3 GB of GPT-2 XL's."""
-    model = GPT(serving.CONFIG).to(torch.bfloat16)
+    model = GPT(serving.CONFIG).to(torch.bfloat16).requires_grad_(False)
     weights = [weakref.ref(block.mlp.c_fc.weight) for block in model.transformer.h]
     loaded = [types.SimpleNamespace(
         model=model, tokenizer=make_encoding("bpe", {bytes([i]): i for i in range(256)}),
