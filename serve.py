@@ -102,7 +102,7 @@ class Settings:
         64, "sequences that may wait for a slot; more are refused with 429", 0, 10000)
     prefill_chunk: int = setting(
         0, "tokens of prompts read between two tokens of the running sequences; 0: as many as "
-        "take the time of two such tokens, measured at the start", 0)
+        "take no longer than one such token", 0)
     prefix_reuse: bool = setting(
         True, "the beginning of a prompt that the cache holds already is not read again")
     request_timeout: float = setting(

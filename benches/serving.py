@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_letters
 
 import torch
 
@@ -24,10 +25,15 @@ from gptlib.tokenizer import make_encoding, tokenizer_to_dict
 
 
 def offline_tokenizer():
-    """A tokenizer with as many tokens as GPT-2's, for which nothing has to be downloaded."""
-    one_byte = [bytes([i]) for i in range(256)]
-    two_bytes = [bytes([i // 256, i % 256]) for i in range(50000)]
-    return make_encoding("bpe", {token: i for i, token in enumerate(one_byte + two_bytes)})
+    """A tokenizer with as many tokens as GPT-2's, for which nothing has to be downloaded.
+
+    Nearly all of its tokens are letters, so that each is a piece of streamed text: half a
+    character would be held back until the next token comes, and pieces could not be timed.
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    for letters in itertools.islice(itertools.product(ascii_letters, repeat=3), 50000):
+        tokens.append("".join(letters).encode())
+    return make_encoding("bpe", {token: i for i, token in enumerate(tokens)})
 
 
 def request_completion(port, prompt, length, seed, stream, on_first_line=None):
@@ -82,11 +88,13 @@ def percentile(values, percent):
 # a newcomer with a long prompt, while others are being served
 
 
-def newcomer(port, prompts, long_prompt, length):
+def newcomer(port, prompts, long_prompt, length, gaps):
     """One client for each prompt; when all have text, another one comes with long_prompt.
 
     Returns the time the newcomer waited for its first token, the longest time that any of the
     others waited for a piece meanwhile, and the median of such times before: all in seconds.
+    gaps: a list that gets all the times the others waited meanwhile, in units of their median
+    once the newcomer's text comes as well.
     """
     with concurrent.futures.ThreadPoolExecutor(len(prompts) + 1) as pool:
         start = time.perf_counter()
@@ -97,9 +105,9 @@ def newcomer(port, prompts, long_prompt, length):
         for _ in prompts:
             has_text.acquire(timeout=600)
         arrival = time.perf_counter() - start
-        _, times = request_completion(port, long_prompt, 2, 0, True)
-        first_token = times[0]
-        before, meanwhile = [], []
+        _, times = request_completion(port, long_prompt, 20, 0, True)
+        first_token, end = times[0], arrival + times[-1]
+        before, meanwhile, together = [], [], []
         for other in others:
             _, times = other.result()
             for previous, now in itertools.pairwise(times):
@@ -107,6 +115,10 @@ def newcomer(port, prompts, long_prompt, length):
                     meanwhile.append(now - previous)
                 elif now < arrival:
                     before.append(now - previous)
+                elif now <= end:
+                    together.append(now - previous)
+    usual = statistics.median(together or before)
+    gaps += [gap / usual for gap in meanwhile]
     return first_token, max(meanwhile), statistics.median(before)
 
 
@@ -114,10 +126,12 @@ def bench_newcomer(servers, n_clients, rounds):
     """The times of `newcomer`, medians over rounds; servers: {name: port}, which take turns."""
     prompts = torch.randint(50257, (n_clients - 1, 16)).tolist()
     rounds_of = {name: [] for name in servers}
-    for _ in range(rounds + 1):
+    gaps_of = {name: [] for name in servers}
+    for turn in range(rounds + 1):
         long_prompt = torch.randint(50257, (1000,)).tolist()  # new: no cache has it
         for name, port in servers.items():
-            rounds_of[name].append(newcomer(port, prompts, long_prompt, 120))
+            gaps = gaps_of[name] if turn > 0 else []
+            rounds_of[name].append(newcomer(port, prompts, long_prompt, 120, gaps))
     results = {}
     log(f"\na newcomer's prompt of 1,000 tokens beside {n_clients - 1} streams")
     for name, figures in rounds_of.items():
@@ -127,6 +141,12 @@ def bench_newcomer(servers, n_clients, rounds):
         log(f"  {name:42} first token after {first:.2f} s; the others wait for "
             f"{longest * 1e3:.0f} ms at most, {usual * 1e3:.0f} ms before it came: "
             f"x {longest / usual:.1f}")
+        if gaps_of[name]:
+            gaps = gaps_of[name]
+            shares = {f"p{percent}": percentile(gaps, percent) for percent in (50, 99, 100)}
+            results[name]["gaps"] = shares
+            log("    their gaps, in usual ones beside the newcomer's text: p50 {p50:.2f}, "
+                "p99 {p99:.2f}, longest {p100:.2f}".format(**shares))
     return results
 
 

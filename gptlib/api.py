@@ -387,7 +387,8 @@ def openapi(models):
         "/generate": describe_post("Continue a text", generate),
         "/v1/completions": describe_post("OpenAI's completions", completion),
         "/v1/models": describe_get("The model"),
-        "/health": describe_get("State of the server"),
+        "/health": describe_get(
+            "State of the server; the model, its dtype and how it is quantized"),
         "/metrics": describe_get("Prometheus"),
     }
     key = dict(type="http", scheme="bearer")

@@ -12,13 +12,12 @@ import torch
 
 from gptlib.decode_step import compile_next_logits, make_decode_step, next_logits
 from gptlib.float32_head import Float32Head, can_give_float32
+from gptlib.grouped_attention import group_attention
 from gptlib.packing import can_pack, pack
+from gptlib.prefill_pace import MIN_CHUNK, PASS_COST, PrefillPace
 from gptlib.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
 from gptlib.slots import Slots
-
-# a forward pass over a few tokens takes as long as this many tokens more in a larger one
-PASS_COST = 16
 
 
 class Request:
@@ -74,6 +73,7 @@ class Filling:
     request: Request
     tokens: list
     slot: int = None
+    n_read: int = 0  # tokens that were not in the cache already
 
 
 @dataclass
@@ -99,7 +99,8 @@ class Engine:
     their tokens are collected (default: 1 on CUDA, so that the GPU never waits, else 0).
 
     prefill_chunk: how many tokens of prompts are read in a step while other sequences are live,
-    so that these wait only for so long (default: whole prompts). With prefix_reuse the beginning
+    so that these wait only for so long (default: whole prompts); choose_prefill_chunk() has it
+    follow from what steps and chunks take. With prefix_reuse the beginning
     of a prompt that a slot holds already, of a sequence that is live or has ended, is copied from
     there. Neither changes the text, except where rounding decides between tokens about equally
     likely: the last bits of keys and values depend on how many tokens were read at a time.
@@ -114,6 +115,7 @@ class Engine:
         self.n_vocab = n_vocab or model.config.vocab_size
         self.stop_token = stop_token
         self.prefill_chunk = prefill_chunk
+        self.pace = None
         self.live = []
         self.filling = None
         self.waiting = deque()
@@ -128,6 +130,8 @@ class Engine:
         self.model = pack(model) if use_packed else model
         if use_packed and can_give_float32(model.lm_head):
             self.model.lm_head = Float32Head(model.lm_head)
+        if on_cpu and not compile:
+            self.model = group_attention(self.model)
         self.decode_step = self._make_decode_step(compile)
         depth = self.decode_step.async_depth if async_depth is None else async_depth
         self.async_depth = depth
@@ -166,18 +170,26 @@ class Engine:
                 pass
         self.contents.forget_all()
 
-    def measure_prefill_chunk(self):
-        """Set prefill_chunk to as many tokens as are read in the time of two steps of all slots.
+    def choose_prefill_chunk(self):
+        """Have prefill_chunk keep the gaps between tokens within two usual ones.
 
-        The worst case is timed: steps at the beginning of the context, where they are the
-        shortest, and tokens read at its end. To be called before the first request is submitted.
-        Where even a few tokens take longer, as on a GPU, whose decode step is recorded, it is as
-        many as take hardly longer than a few.
+        The size to begin with is measured: as many tokens as are read in the time of a step of
+        all slots, in the worst case, which is steps at the beginning of the context, where they
+        are the shortest, and tokens read at its end. On a CPU a PrefillPace then adjusts it to
+        what steps and chunks really take. Elsewhere it stays; and where even a few tokens take
+        longer than a step, as on a GPU, whose decode step is recorded, it is as many as take
+        hardly longer than a few. To be called before the first request is submitted.
         """
         assert not self.live, "the measurement writes into the cache"
-        if self.block_size < 32:
+        if self.block_size < 2 * MIN_CHUNK:
             self.prefill_chunk = self.block_size  # there is nothing to divide
             return
+        self.prefill_chunk, seconds = self._measure_prefill_chunk()
+        if self.device.type == "cpu":
+            self.pace = PrefillPace(self.prefill_chunk, seconds, self.block_size)
+
+    def _measure_prefill_chunk(self):
+        """The chunk to begin with, and the seconds that it took."""
         rows, size = self.decode_step.shape(self.slots, min(16, self.block_size))
         positions = self._to_device([[0]] * rows)
 
@@ -186,15 +198,17 @@ class Engine:
             self._read([0] * self.block_size, end - n, end, slot=0)
 
         with torch.inference_mode(), self.decode_step.device_context():
-            limit = 2 * self._time(lambda: self.decode_step.run(rows, size, positions))
+            limit = self._time(lambda: self.decode_step.run(rows, size, positions))
             largest = self.block_size // 2
-            chunk = n = 16
-            limit = max(limit, 1.2 * self._time(lambda: read(chunk)))
+            chunk = n = MIN_CHUNK
+            seconds = self._time(lambda: read(chunk))
+            limit = max(limit, 1.2 * seconds)
             while n < largest and n == chunk:
                 n = min(n + n // 4, largest)
-                if self._time(lambda n=n: read(n)) <= limit:
-                    chunk = n
-        self.prefill_chunk = chunk
+                longer = self._time(lambda n=n: read(n))
+                if longer <= limit:
+                    chunk, seconds = n, longer
+        return chunk, seconds
 
     def _time(self, work):
         """Seconds that work takes, the median of three times after a first one."""
@@ -213,10 +227,13 @@ class Engine:
         """
         with torch.inference_mode(), self.decode_step.device_context():
             self._retire_finished()
-            self._admit()
+            self._admit_at_pace()
             self._roll_contexts()
             if self.live:
+                start = time.perf_counter()
                 self._decode_and_sample()
+                if self.pace:
+                    self.pace.note_step(time.perf_counter() - start)
             allowed = self.async_depth if self.live else 0
             while len(self.pending) > allowed:
                 self._collect()
@@ -249,13 +266,24 @@ class Engine:
                 self.waiting.remove(request)
                 request.end()
 
+    def _admit_at_pace(self):
+        """_admit() as much as the others can wait for; notes how long it took."""
+        others_wait = bool(self.live)
+        if self.pace:
+            self.prefill_chunk = self.pace.next_chunk()
+        start = time.perf_counter()
+        n_tokens, n_passes = self._admit()
+        if self.pace and others_wait and n_tokens:
+            self.pace.note_read(n_tokens, n_passes, time.perf_counter() - start)
+
     def _admit(self):
         """Read prompts while there are slots, and sample the first token of each.
 
         While other sequences are live, no more is read than prefill_chunk allows; the next step
-        goes on from there.
+        goes on from there. Returns how many tokens were read, and in how many passes.
         """
         budget = self.prefill_chunk + PASS_COST if self.prefill_chunk else math.inf
+        n_tokens = n_passes = 0
         previous = None  # tokens, slot and logits of the sequence admitted before
         while self._take_waiting():
             filling = self.filling
@@ -270,8 +298,11 @@ class Engine:
                         n = min(n, budget - PASS_COST)
                         budget -= n + PASS_COST
                     if n <= 0:
-                        return
+                        break
+                    n_passes += 1
+                    n_tokens -= filling.n_read
                     logits = self._fill(n)
+                    n_tokens += filling.n_read
                 if logits is not None:
                     slot = self._make_live()
                     previous = filling.tokens, slot, logits
@@ -279,6 +310,7 @@ class Engine:
             except Exception as error:
                 self._drop(filling.request, error)
                 previous = None  # this one may have written into its slot
+        return n_tokens, n_passes
 
     def _take_waiting(self):
         """Have a sequence to fill, if any waits and there is a slot; returns whether there is."""
@@ -306,6 +338,7 @@ class Engine:
             self._claim_slot(*self.contents.find(filling.tokens, self.live))
         end = min(request.pos + n, len(filling.tokens))
         logits = self._read(filling.tokens, request.pos, end, filling.slot)
+        filling.n_read += end - request.pos
         request.pos = end
         self.contents.hold(filling.slot, request)
         return logits

@@ -180,8 +180,10 @@ class Service:
             if is_ready:
                 self.status = "healthy"
         if is_ready:
-            log("serving {model}: {parameters:,} parameters, {device}, {dtype}".format(
-                **self.about))
+            line = "serving {model}: {parameters:,} parameters, {device}, {dtype}"
+            if self.about["quantize"] != "none":
+                line += ", {quantize}"
+            log(line.format(**self.about))
         while self.status != "closed":
             # cleared before the step: work that arrives during it wakes the next round
             self.wake.clear()
@@ -210,7 +212,7 @@ class Service:
                         prefix_reuse=settings.prefix_reuse)
         engine.warm_up()
         if settings.prefill_chunk == 0:
-            engine.measure_prefill_chunk()
+            engine.choose_prefill_chunk()
         # latest_checkpoint.pt is a link: the name is that of the file it leads to
         checkpoint_name = Path(settings.model_checkpoint).resolve().stem
         self.name = settings.model_name or checkpoint_name
@@ -219,8 +221,10 @@ class Service:
         self.about = dict(
             model=self.name, step=loaded.step, parameters=parameters,
             context=model.config.block_size, device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."), sample_prompt=loaded.sample_prompt)
-        self.model = model
+            dtype=str(weight.dtype).removeprefix("torch."), quantize=settings.quantize,
+            sample_prompt=loaded.sample_prompt)
+        # the engine's copy: with the loaded model gone, weights that were packed are held once
+        self.model = engine.model
 
     def _expire_jobs(self):
         """Note first tokens; cancel jobs past their deadline and those whose client has left."""

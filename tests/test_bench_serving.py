@@ -6,7 +6,14 @@
 import pytest
 import serving
 
-from benches.serving import bench_newcomer, clients, newcomer, percentile, request_completion
+from benches.serving import (
+    bench_newcomer,
+    clients,
+    newcomer,
+    offline_tokenizer,
+    percentile,
+    request_completion,
+)
 
 model, home, server = serving.model, serving.home, serving.server
 
@@ -16,6 +23,15 @@ def test_percentiles_are_by_nearest_rank(percent, expected):
     """Guards against a p99 that is the mean of its neighbours, or the 98th."""
     assert percentile(list(range(100, 0, -1)), percent) == expected
     assert percentile([7.0], percent) == 7.0
+
+
+def test_each_token_is_a_piece_of_text():
+    """Guards against gaps between pieces that are not gaps between tokens."""
+    tokenizer = offline_tokenizer()
+    assert tokenizer.n_vocab == 50257
+    pieces = [tokenizer.decode([i]) for i in range(256, 50256)]
+    assert all(piece.isascii() and piece.isalpha() for piece in pieces)
+    assert len(set(pieces)) == 50000
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -42,10 +58,13 @@ def test_every_client_notes_its_first_token(server):
 def test_a_newcomer_is_timed_beside_streams(server):
     """Guards against a newcomer that comes when nobody waits for it any more."""
     prompts = [[97] * 5, [98] * 6]
-    first_token, longest, usual = newcomer(server.port, prompts, [99] * 40, 300)
+    gaps = []
+    first_token, longest, usual = newcomer(server.port, prompts, [99] * 40, 300, gaps)
     assert first_token > 0
     assert longest > 0
     assert usual > 0
+    assert len(gaps) >= 2, "each of the others waited at least once"
+    assert min(gaps) > 0
 
 
 def test_servers_are_compared_by_medians(server, monkeypatch):
@@ -54,3 +73,16 @@ def test_servers_are_compared_by_medians(server, monkeypatch):
     monkeypatch.setattr("benches.serving.newcomer", lambda *args: next(figures))
     found = bench_newcomer({"only": server.port}, 8, 3)
     assert found == {"only": dict(first_token=2.0, longest_wait=4.0, usual_wait=2.0)}
+
+
+def test_the_gaps_of_all_counted_rounds_are_pooled(server, monkeypatch):
+    """Guards against a p99 of one round, and gaps of the round that warms up."""
+    rounds = iter([[9.0] * 100, [1.0] * 100, [2.0] * 99, [3.0]])
+
+    def fake(*args):
+        args[-1].extend(next(rounds))
+        return 1.0, 1.0, 1.0
+
+    monkeypatch.setattr("benches.serving.newcomer", fake)
+    found = bench_newcomer({"only": server.port}, 8, 3)
+    assert found["only"]["gaps"] == {"p50": 1.0, "p99": 2.0, "p100": 3.0}

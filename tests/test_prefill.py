@@ -252,15 +252,15 @@ def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
     assert other.tokens == uncached(model, [1], 15)
 
 
-def test_the_measured_chunk_takes_two_steps_at_most(long_model, monkeypatch):
-    """Guards against a chunk that is measured with another clock than the step beside it."""
+def test_the_measured_chunk_takes_one_step_at_most(long_model, monkeypatch):
+    """Guards against a chunk that takes two steps: with the step itself others wait for three."""
     engine = Engine(long_model, slots=8)
     engine.warm_up()
     work = []
     seconds_a_token = 0.001
 
     def step(*args):
-        work.append(0.072)
+        work.append(0.0725)
 
     def read(tokens, start, end, slot):
         work.append((end - start) * seconds_a_token)
@@ -268,14 +268,86 @@ def test_the_measured_chunk_takes_two_steps_at_most(long_model, monkeypatch):
     monkeypatch.setattr(engine.decode_step, "run", step)
     monkeypatch.setattr(engine, "_read", read)
     monkeypatch.setattr("gptlib.engine.time.perf_counter", lambda: sum(work))
-    engine.measure_prefill_chunk()
-    assert engine.prefill_chunk == 140
+    engine.choose_prefill_chunk()
+    assert engine.prefill_chunk == 72
     seconds_a_token = 0.02  # even 16 tokens take longer than the step
-    engine.measure_prefill_chunk()
+    engine.choose_prefill_chunk()
     assert engine.prefill_chunk == 16
     seconds_a_token = 0  # as on a GPU where nothing but launches counts
-    engine.measure_prefill_chunk()
+    engine.choose_prefill_chunk()
     assert engine.prefill_chunk == 150
+
+
+class Machine:
+    """A clock that only the model's passes move on, and what it takes to read `tokens`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.step_seconds = 0.040
+        self.slowness = 1.0  # of reading
+        hidden = GPT.hidden
+
+        def timed(model, idx, cache=None, pos=None, mask=None):
+            if idx.size(1) == 1:
+                self.now += self.step_seconds
+            else:
+                end = idx.size(1) if pos is None else pos.max().item() + 1
+                self.now += self.slowness * (0.004 + idx.size(1) * (0.0003 + 0.0000004 * end))
+            return hidden(model, idx, cache, pos, mask)
+
+        monkeypatch.setattr(GPT, "hidden", timed)
+        monkeypatch.setattr("gptlib.engine.time.perf_counter", lambda: self.now)
+
+
+def gaps_beside(engine, machine, newcomer):
+    """The times of the steps until a newcomer has its first token."""
+    gaps = []
+    while not newcomer.tokens:
+        start = machine.now
+        engine.step()
+        gaps.append(machine.now - start)
+    return gaps
+
+
+@pytest.mark.parametrize("slowness, n_chunks", [(0.5, range(2, 4)), (1.0, range(3, 6)),
+                                                (2.0, range(6, 11))])
+def test_no_gap_is_longer_than_two_usual_ones(long_model, monkeypatch, slowness, n_chunks):
+    """Guards against streams that wait three of their tokens for each chunk of a newcomer's.
+
+    The machine is another one than when the chunk was measured, as one is that others share.
+    """
+    machine = Machine(monkeypatch)
+    engine = Engine(long_model, slots=8)
+    engine.warm_up()
+    engine.choose_prefill_chunk()
+    machine.slowness = slowness
+    streams = [engine.submit([i + 1], max_length=290) for i in range(7)]
+    while not streams[-1].tokens:
+        engine.step()
+    first, *others = [engine.submit(prompt, max_length=4) for prompt in prompts(250, 250, 250)]
+    gaps_beside(engine, machine, first)  # from it the engine learns how slow the machine is
+    for newcomer in others:
+        gaps = gaps_beside(engine, machine, newcomer)
+        assert max(gaps) <= 2 * machine.step_seconds
+        assert len([gap for gap in gaps if gap > 1.01 * machine.step_seconds]) in n_chunks
+    assert len(streams[0].tokens) > 10
+
+
+def test_a_slower_step_leaves_more_time_to_read(long_model, monkeypatch):
+    """Guards against a chunk as small as one sequence's step allows, while eight are running."""
+    machine = Machine(monkeypatch)
+    engine = Engine(long_model, slots=8)
+    engine.choose_prefill_chunk()
+    engine.submit([1], max_length=290)
+    chunks = []
+    for seconds, prompt in zip((0.020, 0.060), prompts(250, 251), strict=True):
+        machine.step_seconds = seconds
+        for _ in range(9):
+            engine.step()
+        gaps = gaps_beside(engine, machine, engine.submit(prompt, max_length=4))
+        assert max(gaps) <= 2 * seconds
+        chunks.append(len(gaps))
+    assert chunks[1] <= chunks[0] / 2
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 31, 32])
@@ -283,7 +355,7 @@ def test_short_contexts_can_be_measured(block_size):
     """Guards against a measurement that reads tokens before the first."""
     config = dataclasses.replace(CONFIG, block_size=block_size)
     engine = Engine(GPT(config).eval(), slots=2)
-    engine.measure_prefill_chunk()
+    engine.choose_prefill_chunk()
     assert 1 <= engine.prefill_chunk <= block_size
     request = engine.submit([1] * 40, max_length=3)
     drain(engine)

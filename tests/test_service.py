@@ -8,14 +8,22 @@ import json
 import re
 import socket
 import time
+import types
+import weakref
 
 import pytest
 import requests
 import serving
-from serving import LONG, WAIT, events, in_background, run_server
+import torch
+from serving import LONG, WAIT, Server, events, in_background, run_server
 
 from gptlib.api import VERSION
+from gptlib.packing import can_pack
+from gptlib.service import Service
+from gptlib.tokenizer import make_encoding
 from inference import generate_text
+from serve import Settings
+from train_gpt2 import GPT
 
 model, home, server = serving.model, serving.home, serving.server
 
@@ -36,6 +44,39 @@ def test_greedy_text_is_the_models_own_in_a_crowd(server, model):
         assert (answer["tokens_generated"], answer["prompt_tokens"]) == (20 + 20 * n, 3 * n)
 
 
+def test_health_says_that_the_weights_are_in_8_bits(home):
+    """Guards against a server in 8 bits that nobody can tell from one in bfloat16."""
+    with run_server(home, QUANTIZE="int8") as server:
+        server.ready()
+        assert server.get("/health").json()["quantize"] == "int8"
+        assert "serving model_40000: " in server.log()
+        assert server.log().strip().endswith(", int8")
+        assert server.post(prompt="abc", max_length=7).json()["tokens_generated"] == 7
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed kernels")
+def test_packed_weights_are_held_once():
+    """Guards against a server that keeps the layers it has packed, 3 GB of GPT-2 XL's."""
+    model = GPT(serving.CONFIG).to(torch.bfloat16).requires_grad_(False)
+    weights = [weakref.ref(block.mlp.c_fc.weight) for block in model.transformer.h]
+    loaded = [types.SimpleNamespace(
+        model=model, tokenizer=make_encoding("bpe", {bytes([i]): i for i in range(256)}),
+        step=1, sample_prompt="")]
+    del model
+    settings = Settings(model_checkpoint="m.pt", prefill_chunk=8)
+    service = Service(settings, lambda *args: loaded.pop()).start()
+    try:
+        Server.until(lambda: service.status != "loading")
+        assert service.status == "healthy"
+        assert [weight() for weight in weights] == [None] * len(weights)
+        job = service.submit([[1, 2, 3]], "prompt", [], lambda: False, max_length=5)
+        assert len([piece for piece in job.pieces() if piece[1] is not None]) >= 1
+        assert len(job.requests[0].tokens) == 5
+        job.close()
+    finally:
+        service.close()
+
+
 def test_health_and_metrics_report_the_state(server, model):
     """Guards against metrics that stand still, and names that break Prometheus's rules."""
     health = server.get("/health").json()
@@ -45,6 +86,7 @@ def test_health_and_metrics_report_the_state(server, model):
         step=40000,
         device="cpu",
         dtype="float32",
+        quantize="none",
         slots=4,
         context=64,
         parameters=sum(p.numel() for p in model.parameters()),

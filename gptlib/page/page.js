@@ -22,8 +22,9 @@ function connectSlider(slider) {
 function describeModel(health) {
   const step = health.step === null ? "" : ` at step ${health.step.toLocaleString("en")}`;
   const millions = (health.parameters / 1e6).toPrecision(3);
+  const quantized = health.quantize === "none" ? "" : `, weights in ${health.quantize}`;
   return `${health.model}${step}, ${millions}M parameters, context of ${health.context} tokens, `
-    + `on ${health.device} in ${health.dtype}`;
+    + `on ${health.device} in ${health.dtype}${quantized}`;
 }
 
 // Ask the server what it has loaded, again and again until the model is there.
