@@ -37,16 +37,17 @@ class DirectoryWriter:
     """One checkpoint on its way to the disk. Every rank makes one and calls its methods.
 
     __init__ copies the tensors to CPU memory and starts to write them in a thread of torch's;
-    finish() waits for that. process_group: one for these threads alone, with a CPU backend.
+    finish() waits for that. process_group: one for these threads alone, with a CPU backend;
+    frozen: nothing changes the tensors until then, so those in CPU memory need no copy.
     """
 
-    def __init__(self, path, state, process_group):
+    def __init__(self, path, state, process_group, frozen=False):
         self.path, self.group = Path(path), process_group
         self.tmp = self.path.with_name(self.path.name + ".tmp")
         self.rank = dist.get_rank(process_group)
         tensors, self.skeleton = split_sharded(state)
         for name, tensor in tensors.items():
-            if tensor.device.type == "cpu":  # torch copies from GPUs only
+            if tensor.device.type == "cpu" and not frozen:  # torch copies from GPUs only
                 tensors[name] = tensor.clone()
         error = report(lambda: make_empty(self.tmp)) if self.rank == 0 else None
         self.errors = self.share(error)
