@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gptlib import checkpoint_directory
+from gptlib import checkpoint_directory, muon
 from gptlib.batch_size import planned_batch_size
 from gptlib.broadcast import map_leaves
 from gptlib.checkpoint import list_checkpoints, load_checkpoint, load_initial_checkpoint
@@ -79,6 +79,26 @@ def muon_replicated(world, folder):
 def muon_sharded(world, folder):
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
     check_muon(world, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
+
+
+def muon_in_parts(world, folder):
+    """The same where sharded matrices are updated some after the others."""
+    exchange, limit = muon.RowExchange, muon.ELEMENTS_AT_ONCE
+    elements = []
+
+    def recorded(params, group):
+        elements.append(sum(p.numel() for p in params) // world.size)
+        return exchange(params, group)
+
+    muon.RowExchange, muon.ELEMENTS_AT_ONCE = recorded, 1400
+    try:
+        muon_sharded(world, folder)
+    finally:
+        muon.RowExchange, muon.ELEMENTS_AT_ONCE = exchange, limit
+    # three steps on 2048, 2048, 35, 18, 2048 and 3 elements over all ranks
+    expected = [2048 * 2 // 3 + 17, 2048 // 3 + 1] * 3
+    expect(len(elements) == 6, f"{elements}, expected about {expected}")
+    expect(max(elements) <= 1400, f"{elements}, expected about {expected}")
 
 
 def model_of(world, seed=3, **sizes):
@@ -212,9 +232,8 @@ def die_while_saving(world, folder):
 # own memory not to matter, named after what takes most of theirs.
 MEASURED = {
     "embedding": dict(n_layer=6, n_embd=768, n_head=12, block_size=64, batch_size=1,
-                      recompute=True),
-    "gradients": dict(n_layer=6, n_embd=1024, n_head=16, block_size=64, batch_size=1,
-                      optimizer="muon"),
+                      optimizer="muon", recompute=True),
+    "gradients": dict(n_layer=6, n_embd=1024, n_head=16, block_size=64, batch_size=1),
     "activations": dict(n_layer=8, n_embd=256, n_head=4, block_size=256, batch_size=24),
 }
 VOCABULARY = {"embedding": 50304, "gradients": 2048, "activations": 1024}

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -24,8 +25,8 @@ from sharded_checks import MEASURED, measured_settings
 from sharded_runs import run_all
 from train_gpt2 import GPT
 
-CHECKS = ["muon_replicated", "muon_sharded", "initial_weights", "one_batch_size",
-          "training_goes_on", "full_disk", "memory_of_a_start"]
+CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights",
+          "one_batch_size", "training_goes_on", "full_disk", "memory_of_a_start"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
@@ -80,6 +81,7 @@ def root(tmp_path_factory, one_thread):
           two_ddp=dict(recompute=True, **MUON),
           one_to_two=dict(shard=True, **MUON, **resume("one_muon/model_00002.pt")),
           half=dict(shard=True, dtype="bfloat16"),
+          scaled=dict(shard=True, dtype="float16", **MUON),
           searched=dict(shard=True, max_steps=1, batch_size=0),
           one_row=dict(shard=True, max_steps=1, val_tokens=base["block_size"]),
           started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
@@ -90,6 +92,7 @@ def root(tmp_path_factory, one_thread):
           two_to_ddp=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")))
     train(1,
           half_one=dict(dtype="bfloat16"),
+          scaled_one=dict(dtype="float16", **MUON),
           one_step=dict(max_steps=1),
           one_row_alone=dict(max_steps=1, val_tokens=base["block_size"]),
           two_to_one=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")),
@@ -150,6 +153,14 @@ def test_sharded_bfloat16_follows_one_process(root):
     assert_same_course(root, "half", "half_one", rel=2e-2)
     state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+
+
+def test_sharded_float16_skips_the_same_steps(root):
+    """A rank that finds no overflow in its own rows goes on with another scale than the others."""
+    assert_same_course(root, "scaled", "scaled_one", rel=2e-2)
+    states = [torch.load(root / name / "model_00006.pt", weights_only=True)
+              for name in ("scaled", "scaled_one")]
+    assert states[0]["scaler"] == states[1]["scaler"]
 
 
 @pytest.mark.parametrize("run, reference, step", [
@@ -233,11 +244,15 @@ def test_inference_reads_a_directory(directory):
     assert torch.equal(loaded.model.transformer.h[2].mlp.c_fc.weight, expected)
 
 
-def test_a_directory_is_exported_for_transformers(directory, tmp_path):
-    """An export that knows only files."""
+@pytest.mark.parametrize("largest", ["1GB", "50KB"])
+def test_a_directory_is_exported_for_transformers(directory, tmp_path, monkeypatch, largest):
+    """An export that knows only files, or that loses those of the weights but the first."""
     from transformers import GPT2LMHeadModel
+    save = functools.partialmethod(GPT2LMHeadModel.save_pretrained, max_shard_size=largest)
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
     loaded = load_for_sampling(directory, "cpu", "float32")
     loaded.model.save_pretrained(tmp_path / "export", loaded.tokenizer)
+    assert len(list(tmp_path.glob("export/*.safetensors"))) == (1 if largest == "1GB" else 5)
     idx = torch.randint(257, (2, 32))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "export")(idx).logits
     ours = loaded.model(idx)[0][..., :257]
