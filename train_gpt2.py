@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from fineweb import prepare
 from gptlib import scoring
-from gptlib.batch_size import find_batch_size
+from gptlib.batch_size import choose_batch_size
 from gptlib.checkpoint import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
@@ -403,9 +403,6 @@ class TrainConfig:
         if self.resume != bool(self.checkpoint_path):
             raise UserError("--resume and --checkpoint_path go together: "
                             "give both, or --auto_resume alone")
-        if self.shard and self.batch_size == 0:
-            raise UserError("--batch_size 0 and --shard contradict: a process that runs out of "
-                            "memory in the search leaves the others waiting. Give a --batch_size")
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
 
 
@@ -575,8 +572,7 @@ def train(cfg, checkpoint=None, world=World()):
     if checkpoint is not None:
         checkpoint.clear()  # main() holds it too, and the weights need not be in memory twice
     start_step = step
-    batch_size = cfg.batch_size or find_batch_size(
-        raw_model, cfg.block_size, cfg.total_batch_size, device, autocast, world)
+    batch_size = cfg.batch_size or choose_batch_size(raw_model, cfg, device, autocast, dtype, world)
     positions = itertools.count(position, cfg.total_batch_size)
     steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
                                       even=cfg.shard)

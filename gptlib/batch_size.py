@@ -5,8 +5,52 @@ import os
 import torch
 import torch.distributed as dist
 
-from gptlib.memory import activation_bytes, logit_bytes
+from gptlib.memory import activation_bytes, estimate_memory, logit_bytes, model_sizes
 from gptlib.runtime import preserved_rng
+
+PLANNED_SHARE = 0.85  # of the memory: tests/test_sharded.py requires the plan to be right to 15 %
+
+
+def choose_batch_size(model, cfg, device, autocast, dtype, world):
+    """The micro-batch of --batch_size 0: found by trial steps, of a sharded model by the plan.
+
+    There a process that ran out of memory in a trial step would leave the others waiting.
+    """
+    if cfg.shard:
+        memory = PLANNED_SHARE * usable_memory(device)
+        bits = 32 if dtype == torch.float32 else 16
+        return planned_batch_size(model_sizes(model), cfg, memory, bits, world)
+    return find_batch_size(model, cfg.block_size, cfg.total_batch_size, device, autocast, world)
+
+
+def planned_batch_size(sizes, cfg, memory, bits, world):
+    """The most sequences, a power of two, whose step is planned to fit into the memory of every
+    rank; `memory`, in bytes, is this rank's."""
+    batch_size = most_needed(sizes.block_size, cfg.total_batch_size, world)
+
+    def needed():
+        return estimate_memory(sizes, cfg, batch_size, world.size, bits=bits).peak
+
+    while batch_size > 1 and needed() > memory:
+        batch_size //= 2
+    return smallest_of_all(batch_size, world)
+
+
+def usable_memory(device):
+    """Bytes that are free for this process, and those that it holds already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_host_memory() / processes + resident_bytes()
+
+
+def resident_bytes():
+    """Bytes of this process that are in memory; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:  # Linux has it
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def find_batch_size(model, block_size, total_batch_size, device, autocast, world):
@@ -17,11 +61,21 @@ def find_batch_size(model, block_size, total_batch_size, device, autocast, world
     of the run: with dropout a trial step would, and a resumed run would no longer equal the
     uninterrupted one.
     """
-    enough = total_batch_size // (block_size * world.size)
-    batch_size = 1 << max(0, enough.bit_length() - 1)  # more is never needed
+    batch_size = most_needed(block_size, total_batch_size, world)
     with preserved_rng(device):
         while batch_size > 1 and not fits(model, batch_size, block_size, device, autocast):
             batch_size //= 2
+    return smallest_of_all(batch_size, world)
+
+
+def most_needed(block_size, total_batch_size, world):
+    """The largest power of two of sequences that a process can have in a step."""
+    enough = total_batch_size // (block_size * world.size)
+    return 1 << max(0, enough.bit_length() - 1)
+
+
+def smallest_of_all(batch_size, world):
+    """The smallest of the batch sizes of all ranks; every rank has to call it."""
     if world.size > 1:
         smallest = torch.tensor(batch_size)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)

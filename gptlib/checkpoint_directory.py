@@ -36,23 +36,23 @@ STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
 class DirectoryWriter:
     """One checkpoint on its way to the disk. Every rank makes one and calls its methods.
 
-    __init__ copies the tensors to CPU memory and starts to write them in a thread of torch's;
-    finish() waits for that. process_group: one for these threads alone, with a CPU backend.
+    __init__ copies the tensors to CPU memory; finish(), which a thread can call, writes them. With
+    `frozen`, nothing changes the tensors until then, and those in CPU memory are not copied.
+    process_group: one for these threads alone, with a CPU backend.
     """
 
-    def __init__(self, path, state, process_group):
+    def __init__(self, path, state, process_group, frozen=False):
         self.path, self.group = Path(path), process_group
         self.tmp = self.path.with_name(self.path.name + ".tmp")
         self.rank = dist.get_rank(process_group)
-        tensors, self.skeleton = split_sharded(state)
-        for name, tensor in tensors.items():
-            if tensor.device.type == "cpu":  # torch copies from GPUs only
-                tensors[name] = tensor.clone()
+        self.tensors, self.skeleton = split_sharded(state)
+        for name, tensor in self.tensors.items():
+            if tensor.device.type != "cpu":
+                self.tensors[name] = tensor.to("cpu")
+            elif not frozen:
+                self.tensors[name] = tensor.clone()
         error = report(lambda: make_empty(self.tmp)) if self.rank == 0 else None
         self.errors = self.share(error)
-        if not any(self.errors):
-            self.writing = dcp.async_save(tensors, process_group=process_group,
-                                          storage_writer=dcp.FileSystemWriter(self.tmp))
 
     def finish(self, publish):
         """Give the directory its name when all ranks have written their files, and call publish()
@@ -61,7 +61,7 @@ class DirectoryWriter:
         Raises UserError on all ranks where one of them could not write.
         """
         self.raise_any(self.errors)
-        self.raise_any(self.share(report(self.writing.result)))
+        self.raise_any(self.share(report(self.write_tensors)))
         mine = {}
         error = report(lambda: mine.update(self.checksums_of(f"__{self.rank}_*")))
         self.raise_any(self.share(error))
@@ -69,6 +69,11 @@ class DirectoryWriter:
         error = report(lambda: self.complete(checksums, publish)) if self.rank == 0 else None
         self.raise_any(self.share(error))
         return self.path
+
+    def write_tensors(self):
+        # Not async_save: its copies of sharded tensors in CPU memory are two at once.
+        writer = dcp.FileSystemWriter(self.tmp, per_thread_copy_ahead=0)
+        dcp.save(self.tensors, process_group=self.group, storage_writer=writer)
 
     def checksums_of(self, pattern):
         return {path.name: checksum(path) for path in self.tmp.glob(pattern)}

@@ -6,6 +6,8 @@ what it measures. tests/test_plan.py compares it with the peak of real processes
 
 from dataclasses import dataclass
 
+from gptlib.muon import ELEMENTS_AT_ONCE
+
 # Bytes that a block keeps for each token and channel until its backward pass, under autocast to 16
 # bits: the residual stream before each layer norm (4 + 4), the outputs of the layer norms (2 + 2),
 # queries, keys and values (6), attention's output (2), and the wide layer before and after GELU
@@ -90,6 +92,7 @@ def estimate_memory(sizes, cfg, batch_size, ranks=1, accumulate=None, bits=16):
         accumulate = tokens * ranks < cfg.total_batch_size
     share = (cfg.shard_ranks or ranks) if cfg.shard else 1
     recomputed = -(-sizes.n_layer // cfg.recompute_every) if cfg.recompute else 0
+    sharded = cfg.shard and share > 1
     weights = 4 * sizes.total // share
     gradients = 4 * sizes.total // share
     optimizer, optimizer_work = optimizer_bytes(sizes, cfg.optimizer, share)
@@ -103,16 +106,18 @@ def estimate_memory(sizes, cfg, batch_size, ranks=1, accumulate=None, bits=16):
     # a sharded model compiles its blocks, not the head and the loss
     logits = logit_bytes(sizes, tokens, bits, cfg.compile and not cfg.shard)
     tie = 4 * sizes.tied  # the head's gradient waits for the embedding's
-    buckets = sharding_bytes(sizes) if cfg.shard and share > 1 else 0
+    root, blocks = gathered_bytes(sizes) if sharded else (0, 0)
     if accumulate and share > 1 and not cfg.reduce_each:
         gradients = 4 * sizes.total  # whole until the last micro-batch, then they are reduced
     # DDP's buckets, which hold the gradients, are never given back
     before = gradients if accumulate or (ranks > 1 and not cfg.shard) else 0
-    forward = before + copies + activations + max(logits, tie)
-    backward = gradients + tie * (2 if accumulate else 1)
+    forward = before + copies + activations + root + max(logits, tie + blocks)
+    # the embedding's gradient comes when the blocks have theirs; nothing is gathered then
+    both = tie if accumulate or sharded else 0
+    backward = gradients + root + tie + max(both, blocks)
     update = gradients + optimizer_work
-    peak = weights + optimizer + buckets + max(forward, backward, update)
-    parts = (weights, gradients, optimizer, copies, activations, logits, buckets)
+    peak = weights + optimizer + max(forward, backward, update)
+    parts = (weights, gradients, optimizer, copies, activations, logits, root + blocks)
     return Memory(dict(zip(PARTS, parts, strict=True)), peak)
 
 
@@ -122,18 +127,21 @@ def optimizer_bytes(sizes, name, share):
         return 8 * sizes.total // share, 0
     # one momentum for each hidden matrix; directions and updates of all matrices in 16 bits
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
-    return state, 4 * sizes.hidden // share
+    if share == 1:
+        return state, 4 * sizes.hidden
+    return state, 10 * min(sizes.hidden // share, ELEMENTS_AT_ONCE)  # some after the others
 
 
-def sharding_bytes(sizes):
-    """Bytes that a sharded model gathers and reduces through.
+def gathered_bytes(sizes):
+    """(bytes of what is whole outside of the blocks, and of the blocks, in a sharded model's step).
 
-    What is outside of the blocks stays whole in the forward and the backward pass: its weights
-    with their buffer, its gradients with the copy that is being reduced. Of the blocks, one
-    computes while the next is gathered, and each has a buffer beside its weights; of the
-    gradients, one block's whole ones and their copy that is being reduced.
+    The weights outside of the blocks stay whole from the beginning of the forward to the end of
+    the backward pass. Of the blocks there are at most five at once, in the backward pass: one that
+    computes, its gradients, those of the block before, which are being reduced, and the next one,
+    which arrives in a buffer and is copied to where it belongs. gloo has a buffer of its own until
+    then.
     """
-    return (2 + 2) * 4 * sizes.root + (2 * 2 + 2) * 4 * sizes.block
+    return 4 * sizes.root, 5 * 4 * sizes.block
 
 
 def checkpoint_bytes(sizes, optimizer):

@@ -17,6 +17,10 @@ from gptlib.runtime import World
 # torch 2.13 gave this function another name
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+# Sharded matrices are updated in parts of at most so many elements for each rank: about ten bytes
+# an element travel or wait. A model that is sharded has no memory for all of them at once.
+ELEMENTS_AT_ONCE = 2**25
+
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose updates equal those of one process, whoever computes them.
@@ -40,22 +44,25 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             params, gradients, momenta = [], [], []
             self._init_group(group, params, gradients, momenta)
-            if not params:
-                continue
             assert group["nesterov"], "there is no other kind here"
-            directions = []
-            for gradient, momentum in zip(gradients, momenta, strict=True):
-                momentum = local(momentum)
-                gradient = self._unless_bad(local(gradient), momentum)
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-                # Newton-Schulz computes in bfloat16, so nothing is lost by sending that
-                directions.append(direction.bfloat16())
-            updates = self._orthogonalize(params, directions, group)
-            for p, update in zip(params, updates, strict=True):
-                lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
-                decayed = local(p).mul(1 - group["lr"] * group["weight_decay"])
-                local(p).copy_(self._unless_bad(decayed.add_(update, alpha=-lr), local(p)))
+            for part in parts(params):
+                self._update(params[part], gradients[part], momenta[part], group)
+
+    def _update(self, params, gradients, momenta, group):
+        """The step of some of a group's parameters."""
+        directions = []
+        for gradient, momentum in zip(gradients, momenta, strict=True):
+            momentum = local(momentum)
+            gradient = self._unless_bad(local(gradient), momentum)
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+            # Newton-Schulz computes in bfloat16, so nothing is lost by sending that
+            directions.append(direction.bfloat16())
+        updates = self._orthogonalize(params, directions, group)
+        for p, update in zip(params, updates, strict=True):
+            lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
+            decayed = local(p).mul(1 - group["lr"] * group["weight_decay"])
+            local(p).copy_(self._unless_bad(decayed.add_(update, alpha=-lr), local(p)))
 
     def _unless_bad(self, new, old):
         """new, or old in a step with found_inf."""
@@ -73,6 +80,20 @@ class Muon(torch.optim.Muon):
         owners = assign_owners(params, self.world.size)
         mine = [d for d, owner in zip(directions, owners, strict=True) if owner == self.world.rank]
         return share_matrices(orthogonalize(mine, group), directions, owners, self.world)
+
+
+def parts(params):
+    """Slices of a list of parameters that are updated one after the other: all at once, but of
+    sharded ones at most ELEMENTS_AT_ONCE for each rank."""
+    first, elements = 0, 0
+    for i, p in enumerate(params):
+        share = p.numel() // p.device_mesh.size(-1) if isinstance(p, DTensor) else 0
+        if elements and elements + share > ELEMENTS_AT_ONCE:
+            yield slice(first, i)
+            first, elements = i, 0
+        elements += share
+    if params:
+        yield slice(first, len(params))
 
 
 def local(tensor):
@@ -215,14 +236,15 @@ def exchange(pieces, shapes, process_group):
     tensors of shapes[rank]."""
     device = next(piece.device for sent in pieces for piece in sent)
     empty = torch.empty(0, dtype=torch.bfloat16, device=device)
-    sent = [torch.cat([empty, *(piece.flatten() for piece in of_rank)]) for of_rank in pieces]
+    sent = torch.cat([empty, *(piece.flatten() for of_rank in pieces for piece in of_rank)])
+    sent_sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]
     sizes = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
     received = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
     # as bytes: gloo does not know every dtype
     dist.all_to_all_single(
-        received.view(torch.uint8), torch.cat(sent).view(torch.uint8),
+        received.view(torch.uint8), sent.view(torch.uint8),
         output_split_sizes=[2 * size for size in sizes],
-        input_split_sizes=[2 * flat.numel() for flat in sent], group=process_group)
+        input_split_sizes=[2 * size for size in sent_sizes], group=process_group)
 
     results = []
     for flat, of_rank in zip(received.split(sizes), shapes, strict=True):

@@ -6,7 +6,9 @@ the optimizer's state, and gathers the weights of a block when that block comput
 loop calls the functions below and is the same for all three.
 """
 
+import ctypes
 import math
+import sys
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,7 @@ def create_on(device, cfg, world, create_model, directory=None):
         model = create_model().to(device)
         recompute_blocks(model, cfg)
         return model
+    return_freed_memory(device)
     mesh = shard_mesh(device, world, cfg.shard_ranks)
     with torch.device("meta"), KeepOwnRows(mesh) as initial:
         model = create_model()
@@ -76,6 +79,24 @@ def shard_mesh(device, world, shard_ranks):
         return init_device_mesh(device.type, (n,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world.size // n, n),
                             mesh_dim_names=("replicate", "shard"))
+
+
+def return_freed_memory(device):
+    """On a CPU have glibc's malloc return large tensors to the system as soon as they are freed:
+    the opposite of runtime.keep_freed_memory.
+
+    A sharded model gathers and frees its blocks all the time, in tensors of many sizes. Memory
+    that is kept for reuse then has holes that none of them fits into, and a rank's resident set
+    grows to twice what its tensors take. Who shards wants the memory, and gives time for it.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 65536)
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 20)
 
 
 def train_with(raw_model, cfg, device, world):

@@ -114,7 +114,7 @@ class BackgroundSaver:
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()
         if self.group:
-            write = self._start_directory(state)
+            write = self._start_directory(state, wait)
         else:
             write = self._start_file(state)
         self.writing = write and self.thread.submit(self._report, write, state["step"], wait)
@@ -127,9 +127,9 @@ class BackgroundSaver:
             return None
         return lambda: save_checkpoint(self.log_dir, copy, self.keep)
 
-    def _start_directory(self, state):
+    def _start_directory(self, state, wait):
         path = checkpoint_path(self.log_dir, state["step"])
-        writer = DirectoryWriter(path, state, self.group)
+        writer = DirectoryWriter(path, state, self.group, frozen=wait)
         return lambda: writer.finish(lambda: publish_checkpoint(path, self.keep))
 
     def _report(self, write, step, must_succeed):

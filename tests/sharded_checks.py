@@ -6,6 +6,7 @@ Each rank writes {check: "ok", or why it failed} to OUT/RANK.json.
 """
 
 import ctypes
+import dataclasses
 import errno
 import gc
 import json
@@ -23,15 +24,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gptlib import checkpoint_directory
+from gptlib import checkpoint_directory, muon
+from gptlib.batch_size import planned_batch_size
 from gptlib.broadcast import map_leaves
 from gptlib.checkpoint import list_checkpoints, load_checkpoint, load_initial_checkpoint
 from gptlib.common import UserError
+from gptlib.memory import estimate_memory, model_sizes
 from gptlib.muon import Muon
-from gptlib.parallel import create_on, whole
+from gptlib.parallel import create_on, train_with, whole
 from gptlib.resume import BackgroundSaver, restore_training_state
-from gptlib.runtime import distributed
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
+from gptlib.runtime import distributed, prepare_device
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 SHAPES = [(64, 32), (32, 64), (5, 7), (2, 9), (64, 32), (1, 3)]  # some with fewer rows than ranks
 OPTIONS = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -78,6 +81,26 @@ def muon_sharded(world, folder):
     check_muon(world, lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)]))
 
 
+def muon_in_parts(world, folder):
+    """The same where sharded matrices are updated some after the others."""
+    exchange, limit = muon.RowExchange, muon.ELEMENTS_AT_ONCE
+    elements = []
+
+    def recorded(params, group):
+        elements.append(sum(p.numel() for p in params) // world.size)
+        return exchange(params, group)
+
+    muon.RowExchange, muon.ELEMENTS_AT_ONCE = recorded, 1400
+    try:
+        muon_sharded(world, folder)
+    finally:
+        muon.RowExchange, muon.ELEMENTS_AT_ONCE = exchange, limit
+    # three steps on 2048, 2048, 35, 18, 2048 and 3 elements over all ranks
+    expected = [2048 * 2 // 3 + 17, 2048 // 3 + 1] * 3
+    expect(len(elements) == 6, f"{elements}, expected about {expected}")
+    expect(max(elements) <= 1400, f"{elements}, expected about {expected}")
+
+
 def model_of(world, seed=3, **sizes):
     cfg = TrainConfig(shard=True, compile=False, optimizer="muon")
     config = GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=10), **sizes})
@@ -92,6 +115,19 @@ def initial_weights(world, folder):
     torch.manual_seed(3)
     for name, expected in GPT(config).state_dict().items():
         expect(torch.equal(state[name], expected), name)
+
+
+def one_batch_size(world, folder):
+    """--batch_size 0 of a sharded model: what the rank with the least memory can run, on all."""
+    model, cfg, _ = model_of(world)
+    cfg.total_batch_size = 16 * 16 * world.size
+    sizes = model_sizes(model)
+    needed = {n: estimate_memory(sizes, cfg, n, world.size, bits=32).peak for n in (1, 4, 8, 16)}
+    memory = needed[8] - 1 if world.rank == 1 else 2 * needed[16]
+    found = planned_batch_size(sizes, cfg, memory, 32, world)
+    expect(found == 4, f"{found} with {memory} bytes, expected 4: {needed}")
+    expect(planned_batch_size(sizes, cfg, 2 * needed[16], 32, world) == 16, "more than is needed")
+    expect(planned_batch_size(sizes, cfg, 0, 32, world) == 1, "less than one")
 
 
 def state_of(model, optimizers, config, step):
@@ -125,6 +161,8 @@ def full_disk(world, folder):
     os.fsync = no_room if world.rank == 1 else fsync
     error = None
     try:
+        saver.save(state_of(model, optimizers, config, 2))  # a warning
+        saver.writing.result()
         saver.save(state_of(model, optimizers, config, 2), wait=True)
     except UserError as raised:
         error = str(raised)
@@ -192,6 +230,61 @@ def die_while_saving(world, folder):
     saver.save(state_of(model, optimizers, config, 2), wait=True)
 
 
+# Steps whose peak memory is compared with the plan's, of models that are large enough for Python's
+# own memory not to matter, named after what takes most of theirs.
+MEASURED = {
+    "embedding": dict(n_layer=6, n_embd=768, n_head=12, block_size=64, batch_size=1,
+                      optimizer="muon", recompute=True),
+    "gradients": dict(n_layer=6, n_embd=1024, n_head=16, block_size=64, batch_size=1),
+    "activations": dict(n_layer=8, n_embd=256, n_head=4, block_size=256, batch_size=24),
+}
+VOCABULARY = {"embedding": 50304, "gradients": 2048, "activations": 1024}
+MICRO_STEPS = {"embedding": 1, "gradients": 2, "activations": 1}
+
+
+def measured_settings(name, ranks):
+    """(TrainConfig, GPTConfig, micro-batches of a step) of an entry of MEASURED."""
+    shape, micro_steps = MEASURED[name], MICRO_STEPS[name]
+    tokens = shape["batch_size"] * shape["block_size"] * micro_steps * ranks
+    cfg = TrainConfig(shard=True, compile=False, total_batch_size=tokens, **shape)
+    config = GPTConfig(cfg.block_size, VOCABULARY[name], cfg.n_layer, cfg.n_head, cfg.n_embd)
+    return cfg, config, micro_steps
+
+
+def peak_of_steps(world, folder):
+    """Each rank writes [resident bytes before, at most during two steps] of each in MEASURED."""
+    prepare_device(CPU)  # as train() does
+    cfg, config, _ = measured_settings("embedding", world.size)
+    tiny = dataclasses.replace(config, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
+    two_steps(cfg, tiny, 1, world)  # loads what Python and torch load once
+    found = {}
+    for name in MEASURED:
+        gc.collect()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is there now
+        two_steps(*measured_settings(name, world.size), world)
+        found[name] = before, resident("VmHWM")
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def two_steps(cfg, config, micro_steps, world):
+    model = create_on(CPU, cfg, world, lambda: GPT(config))
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    x, y = torch.randint(config.vocab_size, (2, cfg.batch_size, cfg.block_size))
+    for _ in range(2):
+        batches = [(x, y, x.numel())] * micro_steps
+        take_step(train_with(model, cfg, CPU, world), batches, optimizers, scaler, autocast, 1e-4,
+                  cfg, world)
+
+
+def resident(name):
+    """Bytes of this process in memory: VmRSS those now, VmHWM the most so far."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(name + ":")[1].split()[0]) << 10
+
+
 class PeakMemory:
     """The most bytes that this process has allocated inside of the context, beyond `before`; pages
     of mapped files do not count."""
@@ -233,14 +326,17 @@ def memory_of_a_start(world, folder):
     cfg.optimizer = "adamw"
     optimizers = configure_optimizers(model, cfg, CPU, world)
     one_step(model, optimizers)
-    for step, as_directory in ((1, False), (2, True)):
-        with BackgroundSaver(folder, 0, world, as_directory) as saver:
-            saver.save(state_of(model, optimizers, config, step), wait=True)
-    del model, optimizers
-    dist.barrier()
     # Weights and two moments in float32. A rank that reads all of it has four shares: those of the
     # three ranks, and its own beside.
     share = 12 * n / world.size
+    for step, as_directory in ((1, False), (2, True)):
+        with (PeakMemory(anonymous_memory()) as memory,
+              BackgroundSaver(folder, 0, world, as_directory) as saver):
+            saver.save(state_of(model, optimizers, config, step), wait=True)
+    found = memory.peak / share
+    expect(found < 0.5, f"a directory that training waits for is copied first: {found:.2f} shares")
+    del model, optimizers
+    dist.barrier()
     for step in (1, 2):
         path = str(folder / f"model_{step:05d}.pt")
         with PeakMemory(before) as memory:

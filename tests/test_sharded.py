@@ -3,6 +3,8 @@
     python -m pytest tests/test_sharded.py
 """
 
+import contextlib
+import functools
 import json
 import os
 import random
@@ -17,10 +19,14 @@ from conftest import ROOT, TINY, english, environment, write_dataset
 from gptlib.checkpoint import choose_initial_checkpoint, load_checkpoint
 from gptlib.checkpoint_directory import SafeReader
 from gptlib.common import UserError
+from gptlib.memory import estimate_memory, model_sizes
 from inference import load_for_sampling
+from sharded_checks import MEASURED, measured_settings
+from sharded_runs import run_all
+from train_gpt2 import GPT
 
-CHECKS = ["muon_replicated", "muon_sharded", "initial_weights", "training_goes_on", "full_disk",
-          "memory_of_a_start"]
+CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights",
+          "one_batch_size", "training_goes_on", "full_disk", "memory_of_a_start"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
@@ -30,9 +36,9 @@ MUON = {"optimizer": "muon"}
 
 
 def torchrun(nproc, script, *args, cwd):
-    """Run a script of the tests in nproc processes, 0: without torchrun."""
+    """Run a script of the tests in nproc processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    argv = [sys.executable, *(launcher if nproc else []), str(ROOT / "tests" / script), *args]
+    argv = [sys.executable, *launcher, str(ROOT / "tests" / script), *args]
     return subprocess.run(argv, cwd=cwd, env=environment(), text=True, capture_output=True,
                           timeout=600)
 
@@ -48,8 +54,9 @@ def write_hellaswag(path):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder with the logs of all runs, each named in the dicts below."""
+def root(tmp_path_factory, one_thread):
+    """A folder with the logs of all runs, each named in the dicts below; those of one process run
+    in this one."""
     root = tmp_path_factory.mktemp("sharded")
     base = {**BASE, "hellaswag_data": str(root / "hella.jsonl"), "data_root": str(root / "data")}
     write_dataset(root / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
@@ -58,19 +65,24 @@ def root(tmp_path_factory):
     def train(nproc, **runs):
         named = [{**base, "log_dir": name, **run} for name, run in runs.items()]
         (root / "runs.json").write_text(json.dumps(named))
+        if nproc == 1:
+            with contextlib.chdir(root):
+                return run_all("runs.json")
         done = torchrun(nproc, "sharded_runs.py", "runs.json", cwd=root)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def resume(path):
         return dict(resume=True, checkpoint_path=path)
 
-    train(0, one_adamw={}, one_muon=MUON)
+    train(1, one_adamw={}, one_muon=MUON)
     train(2,
           two_adamw=dict(shard=True, recompute=True),
           two_muon=dict(shard=True, largest_file=0, keep_checkpoints=2, **MUON),
           two_ddp=dict(recompute=True, **MUON),
           one_to_two=dict(shard=True, **MUON, **resume("one_muon/model_00002.pt")),
           half=dict(shard=True, dtype="bfloat16"),
+          scaled=dict(shard=True, dtype="float16", **MUON),
+          searched=dict(shard=True, max_steps=1, batch_size=0),
           one_row=dict(shard=True, max_steps=1, val_tokens=base["block_size"]),
           started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
     train(4,
@@ -78,8 +90,10 @@ def root(tmp_path_factory):
           four_muon=dict(shard=True, reduce_each=True, **MUON),
           two_to_four=dict(shard=True, **MUON, **resume("two_muon/model_00004.pt")),
           two_to_ddp=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")))
-    train(0,
+    train(1,
           half_one=dict(dtype="bfloat16"),
+          scaled_one=dict(dtype="float16", **MUON),
+          one_step=dict(max_steps=1),
           one_row_alone=dict(max_steps=1, val_tokens=base["block_size"]),
           two_to_one=dict(shard=False, recompute=False, **resume("two_adamw/model_00002.pt")),
           directory_to_one=dict(shard=False, **MUON, **resume("two_muon/model_00004.pt")))
@@ -122,6 +136,11 @@ def test_a_rank_without_validation_rows_takes_part(root):
     assert_same_course(root, "one_row", "one_row_alone", rel=3e-6)
 
 
+def test_a_batch_size_is_found_for_a_sharded_run(root):
+    """--batch_size 0 is refused, or each rank takes a size of its own and they hang."""
+    assert_same_course(root, "searched", "one_step", rel=3e-6)
+
+
 # Newton-Schulz computes in bfloat16: a last digit of the gradients shows in the sixth of the loss
 @pytest.mark.parametrize("run", ["two_muon", "four_muon", "two_ddp"])
 def test_muon_of_several_processes_equals_one(root, run):
@@ -134,6 +153,14 @@ def test_sharded_bfloat16_follows_one_process(root):
     assert_same_course(root, "half", "half_one", rel=2e-2)
     state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
+
+
+def test_sharded_float16_skips_the_same_steps(root):
+    """A rank that finds no overflow in its own rows goes on with another scale than the others."""
+    assert_same_course(root, "scaled", "scaled_one", rel=2e-2)
+    states = [torch.load(root / name / "model_00006.pt", weights_only=True)
+              for name in ("scaled", "scaled_one")]
+    assert states[0]["scaler"] == states[1]["scaler"]
 
 
 @pytest.mark.parametrize("run, reference, step", [
@@ -217,11 +244,15 @@ def test_inference_reads_a_directory(directory):
     assert torch.equal(loaded.model.transformer.h[2].mlp.c_fc.weight, expected)
 
 
-def test_a_directory_is_exported_for_transformers(directory, tmp_path):
-    """An export that knows only files."""
+@pytest.mark.parametrize("largest", ["1GB", "50KB"])
+def test_a_directory_is_exported_for_transformers(directory, tmp_path, monkeypatch, largest):
+    """An export that knows only files, or that loses those of the weights but the first."""
     from transformers import GPT2LMHeadModel
+    save = functools.partialmethod(GPT2LMHeadModel.save_pretrained, max_shard_size=largest)
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
     loaded = load_for_sampling(directory, "cpu", "float32")
     loaded.model.save_pretrained(tmp_path / "export", loaded.tokenizer)
+    assert len(list(tmp_path.glob("export/*.safetensors"))) == (1 if largest == "1GB" else 5)
     idx = torch.randint(257, (2, 32))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "export")(idx).logits
     ours = loaded.model(idx)[0][..., :257]
@@ -269,12 +300,35 @@ def test_nothing_in_metadata_is_executed(directory, tmp_path, monkeypatch):
     assert not (tmp_path / "hostile").exists()
 
 
-def test_a_rank_killed_while_saving_spoils_nothing(tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder in which two processes measured their steps, and one of them then died."""
+    folder = tmp_path_factory.mktemp("killed")
+    names = ["peak_of_steps"] if sys.platform == "linux" else []
+    done = torchrun(2, "sharded_checks.py", str(folder), *names, "die_while_saving", cwd=folder)
+    assert done.returncode != 0
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_peak_of_a_sharded_step_is_planned(killed, name):
+    """The plan says that a sharded run fits which then is killed: by memory that malloc keeps, by
+    weights that stay gathered, or by an optimizer that handles all matrices at once."""
+    cfg, config, _ = measured_settings(name, 2)
+    with torch.device("meta"):
+        planned = estimate_memory(model_sizes(GPT(config)), cfg, cfg.batch_size, 2).peak
+    for rank in range(2):
+        before, peak = json.loads((killed / "peak_of_steps" / f"{rank}.json").read_text())[name]
+        expected = before + planned
+        message = f"rank {rank}: expected {expected >> 20} MiB, found {peak >> 20}"
+        assert abs(expected / peak - 1) < 0.15, message
+
+
+def test_a_rank_killed_while_saving_spoils_nothing(killed):
     """A checkpoint that has its name before all ranks have written it, or an earlier one that is
     removed before the next is whole."""
-    done = torchrun(2, "sharded_checks.py", str(tmp_path), "die_while_saving", cwd=tmp_path)
-    assert done.returncode != 0
-    folder = tmp_path / "die_while_saving"
+    folder = killed / "die_while_saving"
     assert [path.name for path in folder.glob("model_*.pt")] == ["model_00001.pt"]
     assert load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1
 
