@@ -129,7 +129,8 @@ def optimizer_bytes(sizes, name, share):
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
     if share == 1:
         return state, 4 * sizes.hidden
-    return state, 10 * min(sizes.hidden // share, ELEMENTS_AT_ONCE)  # some after the others
+    at_once = max(ELEMENTS_AT_ONCE, sizes.hidden // (4 * sizes.n_layer))  # a matrix for each rank
+    return state, 10 * min(sizes.hidden // share, at_once)
 
 
 def gathered_bytes(sizes):

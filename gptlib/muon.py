@@ -17,8 +17,8 @@ from gptlib.runtime import World
 # torch 2.13 gave this function another name
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Sharded matrices are updated in parts of at most so many elements for each rank: about ten bytes
-# an element travel or wait. A model that is sharded has no memory for all of them at once.
+# Sharded matrices are updated in parts of about so many elements for each rank: ten bytes an
+# element travel or wait. A model that is sharded has no memory for all of them at once.
 ELEMENTS_AT_ONCE = 2**25
 
 
@@ -84,11 +84,12 @@ class Muon(torch.optim.Muon):
 
 def parts(params):
     """Slices of a list of parameters that are updated one after the other: all at once, but of
-    sharded ones at most ELEMENTS_AT_ONCE for each rank."""
+    sharded ones at most ELEMENTS_AT_ONCE for each rank, or a matrix for each to work on."""
     first, elements = 0, 0
     for i, p in enumerate(params):
-        share = p.numel() // p.device_mesh.size(-1) if isinstance(p, DTensor) else 0
-        if elements and elements + share > ELEMENTS_AT_ONCE:
+        ranks = p.device_mesh.size(-1) if isinstance(p, DTensor) else math.inf
+        share = p.numel() / ranks
+        if i - first >= ranks and elements + share > ELEMENTS_AT_ONCE:
             yield slice(first, i)
             first, elements = i, 0
         elements += share
@@ -214,7 +215,7 @@ class RowExchange:
         mine = self.owned[self.rank]
         sent = [[parts[i] for i in owned] for owned in self.owned]
         shapes = [[self.shape(i, rank) for i in mine] for rank in range(self.size)]
-        received = exchange(sent, shapes, self.group)
+        received = exchange(sent, shapes, self.group, parts[0].device)
         return [torch.cat(pieces) for pieces in zip(*received, strict=True)]
 
     def scatter(self, matrices, parts):
@@ -223,7 +224,7 @@ class RowExchange:
         owned = list(zip(mine, matrices, strict=True))
         sent = [[matrix[self.rows(i, rank)] for i, matrix in owned] for rank in range(self.size)]
         shapes = [[self.shape(i, self.rank) for i in owned] for owned in self.owned]
-        received = exchange(sent, shapes, self.group)
+        received = exchange(sent, shapes, self.group, parts[0].device)
         results = [None] * len(parts)
         for owned, pieces in zip(self.owned, received, strict=True):
             for i, piece in zip(owned, pieces, strict=True):
@@ -231,10 +232,9 @@ class RowExchange:
         return results
 
 
-def exchange(pieces, shapes, process_group):
+def exchange(pieces, shapes, process_group, device):
     """Send pieces[rank], bfloat16 tensors, to each rank; returns what each rank sent, a list of
     tensors of shapes[rank]."""
-    device = next(piece.device for sent in pieces for piece in sent)
     empty = torch.empty(0, dtype=torch.bfloat16, device=device)
     sent = torch.cat([empty, *(piece.flatten() for of_rank in pieces for piece in of_rank)])
     sent_sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]

@@ -95,10 +95,9 @@ def muon_in_parts(world, folder):
         muon_sharded(world, folder)
     finally:
         muon.RowExchange, muon.ELEMENTS_AT_ONCE = exchange, limit
-    # three steps on 2048, 2048, 35, 18, 2048 and 3 elements over all ranks
-    expected = [2048 * 2 // 3 + 17, 2048 // 3 + 1] * 3
-    expect(len(elements) == 6, f"{elements}, expected about {expected}")
-    expect(max(elements) <= 1400, f"{elements}, expected about {expected}")
+    # of 2048, 2048, 35, 18, 2048 and 3 elements over three ranks, in each of the three steps
+    expected = [(2048 + 2048 + 35 + 18) // 3, (2048 + 3) // 3]
+    expect(elements == expected * 3, f"{elements}, expected {expected} in each step")
 
 
 def model_of(world, seed=3, **sizes):
