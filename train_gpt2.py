@@ -125,12 +125,16 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, pos, k, v)  # (B, nh, S, hs)
-        y = F.scaled_dot_product_attention(
-            q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0)
+        y = self.attend(q.to(k.dtype), k, v, mask)
         # re-assemble all head outputs side by side
         y = y.to(q.dtype).transpose(1, 2).contiguous().view(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, q, k, v, mask):
+        """What queries (B, nh, T, hs) find in S keys and values (B, nh, S, hs): (B, nh, T, hs)."""
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):

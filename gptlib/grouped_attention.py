@@ -6,10 +6,9 @@ beside one of 1,000 took twice as long as eight of 60.
 """
 
 import copy
+import functools
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 # another call takes as long as reading this many positions more of one sequence
 CALL_COST = 256
@@ -32,53 +31,34 @@ def group_rows(lengths, call_cost=CALL_COST):
     return groups
 
 
-class GroupedAttention(nn.Module):
-    """The attention of a block, in groups of rows where a decode step has rows of unlike lengths.
+def attend_in_groups(attend, q, k, v, mask):
+    """CausalSelfAttention.attend, in groups of rows in a decode step with rows of unlike lengths.
 
-    attention: a CausalSelfAttention, or anything with its attributes; it does all other passes.
+    attend: the method that attends for one group. mask: (B, 1, T, S), or None.
     """
-
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x, cache=None, pos=None, mask=None):
-        B, T, C = x.size()
-        groups = []
-        if cache is not None and pos is not None and T == 1 and B > 1:
-            groups = groups_of(cache, pos)
-        if len(groups) < 2:
-            return self.attention(x, cache, pos, mask)
-        attention = self.attention
-        q, k, v = attention.c_attn(x).split(C, dim=2)
-        heads = (B, attention.n_head, 1, C // attention.n_head)
-        q, k, v = q.view(heads), k.view(heads), v.view(heads)  # (B, nh, 1, hs)
-        keys, values = cache.append(attention.layer, pos, k, v)  # (B, nh, S, hs)
-        q = q.to(keys.dtype)
-        outputs = []
-        for first, count, size in groups:
-            rows = slice(first, first + count)
-            outputs.append(F.scaled_dot_product_attention(
-                q[rows], keys[rows, :, :size], values[rows, :, :size],
-                attn_mask=mask[rows, ..., :size]))
-        y = torch.cat(outputs).to(k.dtype).reshape(B, 1, C)
-        return attention.resid_dropout(attention.c_proj(y))
+    rows, _, tokens, _ = q.size()
+    if mask is None or rows == 1 or tokens > 1:
+        return attend(q, k, v, mask)
+    outputs = []
+    for first, count, size in groups_of(mask):
+        row = slice(first, first + count)
+        outputs.append(attend(q[row], k[row, :, :size], v[row, :, :size], mask[row, ..., :size]))
+    return torch.cat(outputs)
 
 
-def groups_of(cache, pos):
-    """group_rows for a step at positions pos (B, 1), found once for all layers."""
-    if not hasattr(cache, "groups"):
-        cache.groups = group_rows([p + 1 for p in pos[:, 0].tolist()])
-    return cache.groups
+def groups_of(mask):
+    """group_rows for the mask (B, 1, 1, S) of a decode step, found once for all layers."""
+    if not hasattr(mask, "groups"):
+        mask.groups = group_rows(mask.sum(dim=-1).flatten().tolist())
+    return mask.groups
 
 
 def group_attention(model):
-    """A copy of the model, which shares all weights with it, whose blocks have GroupedAttention."""
+    """A copy of the model, which shares all weights with it, whose layers attend in groups."""
     model = copy_modules(model)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if hasattr(child, "c_attn") and hasattr(child, "n_head"):
-                setattr(module, name, GroupedAttention(child))
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = functools.partial(attend_in_groups, module.attend)
     return model
 
 

@@ -69,9 +69,9 @@ def test_grouped_engines_give_the_uncached_tokens(monkeypatch):
     n_groups = []
     groups_of = grouped_attention.groups_of
 
-    def noting(cache, pos):
-        n_groups.append(len(groups_of(cache, pos)))
-        return groups_of(cache, pos)
+    def noting(mask):
+        n_groups.append(len(groups_of(mask)))
+        return groups_of(mask)
 
     monkeypatch.setattr(grouped_attention, "groups_of", noting)
     engine = Engine(model, slots=4, n_vocab=N_VOCAB)
