@@ -170,6 +170,20 @@ def first_line(error):
     return text.splitlines()[0][:200]
 
 
+def duration(seconds):
+    """Seconds as people say it: 42 s, 3 min 05 s, 2 h 07 min, 3.5 days; empty where not known."""
+    if seconds is None:
+        return ""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds / 86400:,.1f} days"
+
+
 def import_optional(module, package=None):
     """Import a module that is not in requirements.txt; UserError says how to install it."""
     try:

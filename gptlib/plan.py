@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from gptlib.batch_size import free_host_memory
+from gptlib.common import duration
 from gptlib.dataset import list_shards
 from gptlib.gpu_facts import GPUS_PER_HOST, find_gpu, published_mfu
 from gptlib.memory import PARTS, checkpoint_bytes, estimate_memory, model_sizes
@@ -204,16 +205,6 @@ def measure_tokens_per_second(create, cfg, sizes, device, dtype):
 
 def shown(n_bytes):
     return f"{n_bytes / GIB:,.2f}" if n_bytes < 10 * GIB else f"{n_bytes / GIB:,.1f}"
-
-
-def duration(seconds):
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
 def memory_lines(sizes, cfg, ranks, budget, bits):

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gptlib.common import print0
+from gptlib.common import duration, print0
 from gptlib.dataset import read_meta
 from gptlib.run_log import RunLog
-from gptlib.run_report import duration
 from gptlib.runtime import device_name, git_commit, peak_flops
 
 

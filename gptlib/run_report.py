@@ -7,6 +7,7 @@ times that it was stopped and resumed.
 import re
 import statistics
 
+from gptlib.common import duration
 from gptlib.plot import GPT2_HELLASWAG, GPT2_VAL_LOSS, GPT3_HELLASWAG
 
 MAX_ROWS = 25  # of the table of evaluations
@@ -213,18 +214,6 @@ def code_span(text):
 
 def number(value):
     return "" if value is None else f"{value:.4f}"
-
-
-def duration(seconds):
-    """Seconds as people say it: 42 s, 3 min 05 s, 2 h 07 min; empty where they are not known."""
-    if seconds is None:
-        return ""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600:,} h {seconds % 3600 // 60:02d} min"
 
 
 def thin_out(rows, count):

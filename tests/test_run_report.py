@@ -12,7 +12,8 @@ from conftest import TINY, flags, run
 from gptlib import report
 from gptlib.report import Reporter
 from gptlib.run_log import RunLog
-from gptlib.run_report import code_block, duration, format_report, table, thin_out
+from gptlib.common import duration
+from gptlib.run_report import code_block, format_report, table, thin_out
 from gptlib.runtime import World
 
 FACTS = dict(
@@ -172,8 +173,8 @@ def test_markdown_shows_samples_and_cells_as_they_are(tmp_path):
 
 def test_durations_in_words():
     """60 seconds have to be a minute, not 60 s, also where rounding makes them so."""
-    shown = [duration(seconds) for seconds in (None, 0.4, 59.6, 185, 3599.7, 7625)]
-    assert shown == ["", "0 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min"]
+    shown = [duration(seconds) for seconds in (None, 0.4, 59.6, 185, 3599.7, 7625, 302400)]
+    assert shown == ["", "0 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min", "3.5 days"]
 
 
 def test_a_long_run_is_thinned_out():
