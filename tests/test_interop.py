@@ -311,7 +311,7 @@ def test_a_folder_of_chinese_becomes_a_model(tmp_path):
         texts[name] = "".join(sentences)
         (tmp_path / name).write_text(texts[name], encoding="utf-8")
     settings = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, total_batch_size=512, batch_size=16, max_steps=120,
-                    warmup_steps=10, max_lr=1e-2, optimizer="muon", num_samples=2, sample_length=24)
+                    warmup_steps=10, max_lr=1e-2, optimizer="muon", num_samples=2, sample_length=24, sample_temperature=0.8)
     for args in (["fineweb.py", "--files", "书/**/*.*", "--tokenizer", "bpe", "--vocab_size", 600, "--data_root", "data"],
                  ["train_gpt2.py", "--preset", "demo", "--data_root", "data", "--sample_prompt", "春天来了，",
                   *flags(**settings, device="cpu")],
