@@ -36,8 +36,8 @@ def offline_tokenizer():
     return make_encoding("bpe", {token: i for i, token in enumerate(tokens)})
 
 
-def request_completion(port, prompt, length, seed, stream, on_first_line=None):
-    """Ask serve.py for a completion, whole or streamed; on_first_line() is called at its start.
+def request_completion(port, prompt, length, seed, stream, on_line=None):
+    """Ask serve.py for a completion, whole or streamed; on_line() is called at each of its lines.
 
     Returns the number of its tokens, and when its pieces arrived, in seconds from the request on:
     of a whole one, the end.
@@ -53,8 +53,8 @@ def request_completion(port, prompt, length, seed, stream, on_first_line=None):
         if line.strip():
             lines.append(line.decode())
             times.append(time.perf_counter() - start)
-            if on_first_line and len(lines) == 1:
-                on_first_line()
+            if on_line:
+                on_line()
     if stream:
         usage, done = lines[-2:]
         assert done.strip() == "data: [DONE]", done
@@ -88,8 +88,11 @@ def percentile(values, percent):
 # a newcomer with a long prompt, while others are being served
 
 
+PIECES_BEFORE = 10  # of text that each of the others has, on average, when the newcomer comes
+
+
 def newcomer(port, prompts, long_prompt, length, gaps):
-    """One client for each prompt; when all have text, another one comes with long_prompt.
+    """One client for each prompt; when they have some text, another one comes with long_prompt.
 
     Returns the time the newcomer waited for its first token, the longest time that any of the
     others waited for a piece meanwhile, and the median of such times before: all in seconds.
@@ -98,12 +101,12 @@ def newcomer(port, prompts, long_prompt, length, gaps):
     """
     with concurrent.futures.ThreadPoolExecutor(len(prompts) + 1) as pool:
         start = time.perf_counter()
-        has_text = threading.Semaphore(0)
+        pieces = threading.Semaphore(0)
         others = [pool.submit(request_completion, port, prompt, length, seed, True,
-                              has_text.release)
+                              pieces.release)
                   for seed, prompt in enumerate(prompts)]
-        for _ in prompts:
-            has_text.acquire(timeout=600)
+        for _ in range(PIECES_BEFORE * len(prompts)):
+            pieces.acquire(timeout=600)
         arrival = time.perf_counter() - start
         _, times = request_completion(port, long_prompt, 20, 0, True)
         first_token, end = times[0], arrival + times[-1]
