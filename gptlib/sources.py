@@ -36,14 +36,15 @@ def open_source(source, files, dataset, name, column, **hub_options):
         names_and_sizes = [(path, os.path.getsize(path)) for path in paths]
         digest = hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()[:12]
         description = f"{files}, column {column}: {len(paths)} files, names and sizes {digest}"
+        found = FileSource(description, paths, column)
     elif source == "stdlib":
-        return StdlibSource()
+        found = StdlibSource()
     else:
         raise UserError(f"--source {source}: expected fineweb, files or stdlib")
-    if not paths:
+    if not found.paths:
         raise UserError(f"--source {source} --files {files}: no files found; check the pattern, "
                         "and quote it")
-    return FileSource(description, paths, column)
+    return found
 
 
 class FileSource:
@@ -229,8 +230,8 @@ def read_file(path, column):
                     if line.strip():
                         yield text_of_line(line, column, where)
         elif path.endswith(".parquet"):
-            for batch in ParquetFile(path, column).batches():
-                yield from batch if isinstance(batch, list) else batch.documents()
+            for row_group in ParquetFile(path, column).batches():
+                yield from row_group.documents()
         else:
             raise UserError(f"{path}: expected .txt, .md, .jsonl, .json.gz or .parquet; "
                             "narrow --files")
