@@ -25,20 +25,22 @@ OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
 # The models, with the five rates of each optimizer, the likeliest first. Those of the larger model,
-# twice as wide, are half of those of the smaller one.
+# twice as wide, are around half of what was best for the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
                  rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
                             muon=(8e-3, 4e-3, 1.6e-2, 2e-3, 3.2e-2))),
     "10M": dict(model=dict(n_layer=5, n_head=6, n_embd=384),
-                rates=dict(adamw=(2e-3, 1e-3, 4e-3, 5e-4, 8e-3),
-                           muon=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2))),
+                rates=dict(adamw=(5e-4, 1e-3, 2.5e-4, 2e-3, 4e-3),
+                           muon=(8e-3, 1.6e-2, 4e-3, 3.2e-2, 2e-3))),
 }
 COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
               lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
               num_samples=0, log_interval=100, keep_checkpoints=1)
-FRACTIONS = (0.5, 0.65, 1.0)  # of AdamW's tokens, for Muon
-SHORTEST = 1 / 16  # so far the least is halved where Muon still ends below AdamW's loss
+# Muon's first runs have half of AdamW's tokens. Where they end above its loss longer ones follow,
+# otherwise shorter ones, until the loss lies between two lengths.
+LONGER = (0.65, 1.0)
+SHORTER = (1 / 4, 1 / 8, 1 / 16)
 
 
 def run_settings(size, optimizer, rate, steps, seed, **changes):
@@ -177,7 +179,8 @@ class Experiment:
         return {optimizer: best_rate(results) for optimizer, results in tried.items()}
 
     def compare(self, best):
-        """AdamW, and Muon at several numbers of tokens, with three seeds; returns a dict."""
+        """AdamW, and Muon at the numbers of tokens that lead to its loss, with three seeds; returns
+        a dict."""
         adamw = self.run([("adamw", best["adamw"], self.steps, seed, {}) for seed in SEEDS])
         target = statistics.mean(run["loss"] for run in adamw)
         points = []
@@ -187,12 +190,11 @@ class Experiment:
             muon = self.run([("muon", best["muon"], steps, seed, {}) for seed in SEEDS])
             points.append((muon[0]["tokens"], statistics.mean(run["loss"] for run in muon)))
 
-        for fraction in FRACTIONS:
+        run_muon(0.5)
+        for fraction in LONGER if points[0][1] > target else SHORTER:
+            if tokens_to_loss(points, target):
+                break
             run_muon(fraction)
-        shortest = min(FRACTIONS)
-        while min(points)[1] < target and shortest > SHORTEST:
-            shortest /= 2
-            run_muon(shortest)
         tokens = tokens_to_loss(points, target)
         ratio = tokens / adamw[0]["tokens"] if tokens else None
         return dict(rates=best, adamw_tokens=adamw[0]["tokens"], adamw_loss=target,
