@@ -229,6 +229,12 @@ def test_a_directory_holds_what_a_file_would(root, directory):
                 torch.testing.assert_close(found, tensor, rtol=0, atol=1e-2)
 
 
+def test_a_directory_holds_the_embedding_once(directory):
+    """A tie that is lost takes disk and memory of the largest tensor twice."""
+    model = load_checkpoint(directory)["model"]
+    assert model["transformer.wte.weight"].data_ptr() == model["lm_head.weight"].data_ptr()
+
+
 def test_only_the_newest_directories_stay(directory):
     """Directories that pile up, or a latest_checkpoint.pt that names none of them."""
     names = sorted(path.name for path in directory.parent.glob("model_*"))
