@@ -24,8 +24,8 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_s
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
-# The models, with the five rates of each optimizer, the likeliest first. Those of the larger model,
-# twice as wide, are around half of what was best for the smaller one.
+# The models, with the five rates of each optimizer, in the order in which they are tried. The larger
+# model is twice as wide, and begins at half of the rate that was best for the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
                  rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
@@ -179,8 +179,8 @@ class Experiment:
         return {optimizer: best_rate(results) for optimizer, results in tried.items()}
 
     def compare(self, best):
-        """AdamW, and Muon at the numbers of tokens that lead to its loss, with three seeds; returns
-        a dict."""
+        """AdamW, then Muon with more or fewer tokens until it has AdamW's loss, three seeds each;
+        returns a dict."""
         adamw = self.run([("adamw", best["adamw"], self.steps, seed, {}) for seed in SEEDS])
         target = statistics.mean(run["loss"] for run in adamw)
         points = []

@@ -119,7 +119,8 @@ def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_p
 
 @pytest.mark.parametrize("at_zero, lengths, ratio", [
     (5.5, [100, 50], 0.25),  # the loss is AdamW's at 50 steps, and below it at 100
-    (6.2, [100, 130], 0.5 * 1.3 ** (2 / 3))])  # 5.2 and 4.9: two thirds of the way in the logarithm
+    (6.2, [100, 130], 0.5 * 1.3 ** (2 / 3)),  # 5.2 and 4.9: two thirds of the way in the logarithm
+    (7.5, [100, 130, 200], None)])  # still above it with all of AdamW's tokens
 def test_lengths_follow_until_the_loss_is_between(fake_training, tmp_path, at_zero, lengths, ratio):
     """Muon is below AdamW's loss in every run, or above, and nobody learns with how many tokens it
     gets there."""
