@@ -24,8 +24,8 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_s
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
-# The models, with the five rates of each optimizer, in the order in which they are tried. The larger
-# model is twice as wide, and begins at half of the rate that was best for the smaller one.
+# The models, with the five rates of each optimizer, in the order in which they are tried. The
+# larger model is twice as wide, and begins at half of the rate that was best for the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
                  rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
