@@ -112,6 +112,8 @@ def make_parser():
     add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
     add("--steps", type=int, default=2000,
         help="learning: AdamW's steps of 2,048 tokens (default: 2000)")
+    add("--adamw_embedding", type=float, default=1.0, metavar="RATIO",
+        help="learning: AdamW's rate of the embeddings over that of the rest (default: 1)")
     add("--prompt", default="",
         help="samples: what they continue (default: the prompt of the run's own samples)")
     add("--num_samples", type=int, default=100, help="samples: how many (default: 100)")

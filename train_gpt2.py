@@ -344,6 +344,8 @@ class TrainConfig:
     min_lr: float = setting(None, "learning rate at the end (default: max_lr / 10)", 0.0)
     lr_schedule: str = setting("cosine", "how the rate falls: cosine, linear, or wsd: in the last "
                                "fifth only", choices=("cosine", "linear", "wsd"))
+    embedding_lr_ratio: float = setting(1.0, "learning rate of the embeddings over that of the "
+                                        "rest", 0.0)
     optimizer: str = setting("adamw", "adamw, or muon for hidden matrices and AdamW for the rest",
                              choices=("adamw", "muon"))
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
@@ -430,22 +432,25 @@ def configure_optimizers(model, cfg, device, world=World()):
 
     Tensors of two or more dimensions decay, biases and norms don't. Muon
     (https://kellerjordan.github.io/posts/muon) scales its updates to the size of AdamW's
-    (arXiv:2502.16982), so that one learning rate serves both.
+    (arXiv:2502.16982), so that one learning rate serves both. A group's rate is that of the
+    step times its lr_ratio.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {}
-    if cfg.optimizer == "muon":
-        hidden = {name: p for name, p in params.items()
-                  if name.startswith("transformer.h.") and p.dim() == 2}
-    rest = [p for name, p in params.items() if name not in hidden]
-    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    matrices = {name: p for name, p in params.items() if p.dim() >= 2}
+    hidden = {name: p for name, p in matrices.items() if name.startswith("transformer.h.")}
+    embeddings = dict(params=[p for name, p in matrices.items() if name not in hidden],
+                      weight_decay=cfg.weight_decay, lr_ratio=cfg.embedding_lr_ratio)
+    layers = dict(params=list(hidden.values()), weight_decay=cfg.weight_decay, lr_ratio=1.0)
+    vectors = dict(params=[p for p in params.values() if p.dim() < 2], weight_decay=0.0,
+                   lr_ratio=1.0)
+    with_muon = cfg.optimizer == "muon"
+    groups = [embeddings, vectors] if with_muon else [embeddings, layers, vectors]
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
-    if not hidden:
+    if not with_muon:
         return [adamw]
-    muon = Muon([hidden[name] for name in sorted(hidden)], world, lr=cfg.max_lr,
-                weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+    layers["params"] = [hidden[name] for name in sorted(hidden)]
+    muon = Muon([layers], world, lr=cfg.max_lr, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -496,7 +501,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     norm = clip_gradients(model, cfg.grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
     update_if_finite(optimizers, norm)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)

@@ -132,18 +132,26 @@ def tokens_to_loss(points, loss):
 
 
 class Experiment:
-    """The runs of one model size: a sweep of rates, then seeds at the best ones."""
+    """The runs of one model size: a sweep of rates, then seeds at the best ones.
 
-    def __init__(self, data_root, out, size, steps, jobs):
+    adamw_embedding: AdamW's learning rate of the embeddings over that of the rest. Beside Muon,
+    which leaves them to AdamW at Muon's own, larger rate, 1 is a handicap.
+    """
+
+    def __init__(self, data_root, out, size, steps, jobs, adamw_embedding=1.0):
         self.data_root, self.out, self.size = data_root, Path(out), size
         self.steps, self.jobs = steps, jobs
+        self.adamw_settings = {}
+        if adamw_embedding != 1:
+            self.adamw_settings = dict(embedding_lr_ratio=adamw_embedding)
         self.runs = []
 
     def run(self, wanted):
         """Run several trainings, up to `jobs` at a time; wanted: arguments of run_settings."""
         def one(arguments):
+            own = self.adamw_settings if arguments[0] == "adamw" else {}
             settings = run_settings(self.size, *arguments[:4], data_root=str(self.data_root),
-                                    **arguments[4])
+                                    **own, **arguments[4])
             result = run_training(self.out, self.size, settings)
             log(f"  {result['name']}: {result['loss']:.4f}")
             return result
@@ -229,10 +237,11 @@ def bench_learning(args):
     """Muon's tokens to AdamW's final loss, a JSON file with every run, and a picture."""
     if not args.out:
         raise UserError("bench.py learning keeps its runs in a folder: name it with --out")
-    experiment = Experiment(args.data_root, args.out, args.size, args.steps, args.jobs)
+    experiment = Experiment(args.data_root, args.out, args.size, args.steps, args.jobs,
+                            args.adamw_embedding)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     log(f"\nlearning, {args.size} parameters, {args.steps} steps of 2,048 tokens, in {args.out}")
-    result = dict(size=args.size, steps=args.steps)
+    result = dict(size=args.size, steps=args.steps, adamw_embedding=args.adamw_embedding)
     best = experiment.sweep()
     log(f"  best rates on the dev split: {best}")
     save(args, experiment, dict(result, rates=best))

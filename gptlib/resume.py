@@ -58,8 +58,7 @@ def restore_training_state(checkpoint, optimizers, scaler):
     with a fresh one.
     """
     for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            saved.update({key: value for key, value in ours.items() if key != "params"})
+        state = dict(state, param_groups=optimizer.state_dict()["param_groups"])
         optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
     if "directory" in checkpoint:  # what is there now is empty
         read_tensors(checkpoint["directory"], named_optimizer_tensors(optimizers))

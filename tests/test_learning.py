@@ -5,6 +5,7 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ def fake_training(tmp_path, monkeypatch):
     fake = SimpleNamespace(commands=[], loss_of=lambda settings: 5.0)
 
     def start(command, **options):
-        given = dict(flag.removeprefix("--").split("=") for flag in command[2:] if "=" in flag)
+        given = dict(flag.removeprefix("--").split("=", 1) for flag in command[2:] if "=" in flag)
         settings = dict(optimizer=given["optimizer"], max_lr=float(given["max_lr"]),
                         max_steps=int(given["max_steps"]), seed=int(given["seed"]),
                         dev=given.get("dev") == "True")
@@ -130,6 +131,19 @@ def test_lengths_follow_until_the_loss_is_between(fake_training, tmp_path, at_ze
     result = Experiment("data", tmp_path, "1.8M", 200, 2).compare(dict(adamw=1e-3, muon=2e-3))
     assert [tokens // 2048 for tokens, _ in result["muon"]] == lengths
     assert result["ratio"] == pytest.approx(ratio)
+
+
+def test_a_rate_of_the_embeddings_is_adamws_alone(fake_training, tmp_path):
+    """With Muon AdamW trains the embeddings at Muon's rate: a ratio on top would be counted twice."""
+    Experiment("data", tmp_path, "1.8M", 20, 1, adamw_embedding=16.0).compare(
+        dict(adamw=1e-3, muon=2e-3))
+    for command in fake_training.commands:
+        is_adamw = "--optimizer=adamw" in command
+        assert ("--embedding_lr_ratio=16.0" in command) == is_adamw
+    names = {Path(flag).name for command in fake_training.commands for flag in command
+             if flag.startswith("--log_dir") and "adamw" in flag}
+    assert names == {f"1.8M-adamw-lr0.001-20steps-seed{seed}-embedding_lr_ratio=16.0"
+                     for seed in learning.SEEDS}
 
 
 def test_finished_runs_are_not_run_again(fake_training, tmp_path):

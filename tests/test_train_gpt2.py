@@ -22,7 +22,7 @@ from gptlib.loader import TokenLoader
 from gptlib.resume import restore_training_state
 from gptlib.sampling import sample_next
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
-from train_gpt2 import train
+from train_gpt2 import take_step, train
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 
 SHAPES = [  # block_size, vocab_size, n_layer, n_head, n_embd
@@ -230,6 +230,53 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     assert {names[id(p)] for g in adamw.param_groups for p in g["params"]} == set(names.values()) - of_muon
     decayed = {names[id(p)] for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+def first_step(**settings):
+    """Ratio of change to learning rate of each weight, {name: tensor}, after one step of AdamW."""
+    cfg = TrainConfig(weight_decay=0.0, total_batch_size=64, **settings)
+    model = scrambled(GPTConfig(32, 320, 2, 2, 32)).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
+    batch = (tokens[:, :-1], tokens[:, 1:], 64)
+    take_step(model, [batch], configure_optimizers(model, cfg, torch.device("cpu")),
+              torch.amp.GradScaler("cpu", enabled=False),
+              torch.autocast("cpu", enabled=False), 1e-3, cfg)
+    return {name: (p.detach() - before[name]).abs() / 1e-3 for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_embeddings_learn_at_a_rate_of_their_own(optimizer):
+    """The first step of Adam moves each weight by the learning rate, whatever its gradient: by 1,
+    in units of that rate, and by 4 where the ratio is 4. Rows that no token uses get theirs from
+    the head."""
+    moved = first_step(embedding_lr_ratio=4.0, optimizer=optimizer)
+    for name, change in moved.items():
+        if optimizer == "muon" and ".h." in name and change.dim() == 2:
+            continue  # Muon's
+        expected = 4.0 if name in ("transformer.wte.weight", "transformer.wpe.weight") else 1.0
+        assert change.median().item() == pytest.approx(expected, rel=0.01), name
+
+
+def test_optimizer_state_saved_in_other_groups_is_restored():
+    """Guards against checkpoints from before --embedding_lr_ratio, whose embeddings were in one
+    group with the layers, and against state that comes back to another parameter."""
+    model = GPT(GPTConfig(*SHAPES[1]))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    trained, = configure_optimizers(model, TrainConfig(), torch.device("cpu"))
+    trained.step()
+    saved = trained.state_dict()
+    embeddings, layers, vectors = saved["param_groups"]
+    merged = {**layers, "params": embeddings["params"] + layers["params"]}
+    saved["param_groups"] = [merged, vectors]
+
+    resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), torch.device("cpu"))
+    restore_training_state(dict(optimizer=[saved], scaler={}), [resumed],
+                           torch.amp.GradScaler("cpu", enabled=False))
+    for name, p in model.named_parameters():
+        assert torch.equal(resumed.state[p]["exp_avg"], trained.state[p]["exp_avg"]), name
+    assert [group["lr_ratio"] for group in resumed.param_groups] == [2.0, 1.0, 1.0]
 
 
 def test_validation_is_the_mean_over_the_first_tokens(data_root):
