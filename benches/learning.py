@@ -41,6 +41,7 @@ COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True
 # otherwise shorter ones, until the loss lies between two lengths.
 LONGER = (0.65, 1.0)
 SHORTER = (1 / 4, 1 / 8, 1 / 16)
+DIVERGED = "not finite ten steps in a row"  # how train_gpt2.py ends where the rate is too high
 
 
 def run_settings(size, optimizer, rate, steps, seed, **changes):
@@ -64,8 +65,9 @@ def run_name(size, settings):
 
 
 def read_run(folder):
-    """What a run has logged: {"train": [(step, loss)], "val": ..., "ms": [of each step]}."""
-    result = {"train": [], "val": [], "ms": []}
+    """What a run has logged: {"train": [(step, loss)], "val": ..., "ms": [of each step]}, and its
+    "data_root"."""
+    result = {"train": [], "val": [], "ms": [], "data_root": None}
     path = Path(folder) / "log.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -76,22 +78,32 @@ def read_run(folder):
             result[record["kind"]].append((record["step"], record["loss"]))
         if record["kind"] == "train":
             result["ms"].append(record["ms"])
+        if record["kind"] == "config":
+            result["data_root"] = record["config"]["data_root"]
     return result
 
 
 def run_training(out, size, settings):
     """Run one training, or what is left of it; returns what `summarize` makes of its log.
 
-    Raises UserError with the end of its output where it fails.
+    A run whose gradients stopped being finite has no final loss. Raises UserError with the end of
+    its output where it fails otherwise, or where `out` holds this run on another dataset.
     """
     folder = Path(out) / run_name(size, settings)
-    finished = read_run(folder)["val"]
+    logged = read_run(folder)
+    finished, data_root = logged["val"], settings.get("data_root")
+    if logged["data_root"] not in (None, data_root):
+        raise UserError(f"{folder} is a run on {logged['data_root']}, not on {data_root}: choose "
+                        "another --out")
     if not finished or finished[-1][0] != settings["max_steps"]:
         log(f"  {folder.name}")
         flags = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, str(ROOT / "train_gpt2.py"), "--auto_resume",
                    f"--log_dir={folder}", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0 and DIVERGED in done.stderr:
+            return dict(name=folder.name, size=size, settings=settings, loss=None, ms=None,
+                        tokens=settings["max_steps"] * settings["total_batch_size"], curve=[])
         if done.returncode != 0:
             raise UserError(f"{folder.name}: exit code {done.returncode}\n"
                             f"{last_lines(done.stderr)}")
@@ -131,6 +143,14 @@ def tokens_to_loss(points, loss):
     return points[-1][0] if points[-1][1] == loss else None
 
 
+def mean_loss(runs):
+    """The mean of final losses. Raises UserError where a run has none."""
+    for run in runs:
+        if run["loss"] is None:
+            raise UserError(f"{run['name']} has diverged: at this seed the best rate is too high")
+    return statistics.mean(run["loss"] for run in runs)
+
+
 class Experiment:
     """The runs of one model size: a sweep of rates, then seeds at the best ones.
 
@@ -153,7 +173,8 @@ class Experiment:
             settings = run_settings(self.size, *arguments[:4], data_root=str(self.data_root),
                                     **own, **arguments[4])
             result = run_training(self.out, self.size, settings)
-            log(f"  {result['name']}: {result['loss']:.4f}")
+            loss = result["loss"]
+            log(f"  {result['name']}: {'diverged' if loss is None else f'{loss:.4f}'}")
             return result
         threads = ThreadPoolExecutor(self.jobs)
         try:
@@ -190,13 +211,13 @@ class Experiment:
         """AdamW, then Muon with more or fewer tokens until it has AdamW's loss, three seeds each;
         returns a dict."""
         adamw = self.run([("adamw", best["adamw"], self.steps, seed, {}) for seed in SEEDS])
-        target = statistics.mean(run["loss"] for run in adamw)
+        target = mean_loss(adamw)
         points = []
 
         def run_muon(fraction):
             steps = round(self.steps * fraction)
             muon = self.run([("muon", best["muon"], steps, seed, {}) for seed in SEEDS])
-            points.append((muon[0]["tokens"], statistics.mean(run["loss"] for run in muon)))
+            points.append((muon[0]["tokens"], mean_loss(muon)))
 
         run_muon(0.5)
         for fraction in LONGER if points[0][1] > target else SHORTER:
@@ -255,10 +276,14 @@ def bench_learning(args):
 
 
 def save(args, experiment, result):
-    """Write learning_SIZE.json, its tables (.md) and its picture (.png), with all known so far."""
+    """Write learning_SIZE-STEPSsteps.json, its tables (.md) and its picture (.png), with all known
+    so far."""
     result = dict(result, runs=experiment.runs)
     text = json.dumps(result, indent=1)
-    path = Path(args.out) / f"learning_{args.size}.json"
+    name = f"learning_{args.size}-{args.steps}steps"
+    if args.adamw_embedding != 1:
+        name += f"-embedding{args.adamw_embedding:g}"
+    path = Path(args.out) / f"{name}.json"
     atomic_write(path, lambda f: f.write(text.encode()))
     tables = format_tables(result)
     atomic_write(path.with_suffix(".md"), lambda f: f.write(tables.encode()))
@@ -313,7 +338,10 @@ def draw_learning(result, path):
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
-    figure.suptitle(f"{result['size']} parameters, {result['steps']:,} steps of 2,048 tokens")
+    title = f"{result['size']} parameters, {result['steps']:,} steps of 2,048 tokens"
+    if result.get("adamw_embedding", 1) != 1:
+        title += f", AdamW's embedding at {result['adamw_embedding']:g} times its rate"
+    figure.suptitle(title)
     figure.tight_layout()
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=110))
     plt.close(figure)

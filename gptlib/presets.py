@@ -26,7 +26,7 @@ def default_max_lr(optimizer, n_embd):
 DEMO_VOCAB_SIZE = 2048
 
 PRESETS = {
-    # Two to three minutes on two CPU cores, chosen by experiment (see the README). It is not
+    # Two to three minutes on two CPU cores, chosen by experiment (see docs/questions.md). It is not
     # compiled: that would take longer than it saves.
     "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data",
                  shuffle=True, total_batch_size=2048, batch_size=16, max_steps=1000,
@@ -61,6 +61,7 @@ def preset_settings(given):
     if name and name not in PRESETS:
         raise UserError(f"--preset is {name!r}: choose one of {', '.join(PRESETS)}")
     settings = dict(PRESETS.get(name, {}))
-    if given.get("optimizer") == "muon" and settings.get("optimizer") != "muon":
-        settings.pop("max_lr", None)  # it is AdamW's; Muon has a default of its own
+    optimizer = given.get("optimizer")
+    if optimizer and optimizer != settings.get("optimizer", "adamw"):
+        settings.pop("max_lr", None)  # it is the other optimizer's; each has a default of its own
     return settings

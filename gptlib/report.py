@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gptlib.common import duration, print0
+from gptlib.common import duration, first_line, print0
 from gptlib.dataset import read_meta
 from gptlib.run_log import RunLog
 from gptlib.runtime import device_name, git_commit, peak_flops
@@ -33,6 +33,7 @@ class Reporter:
         self.flops_per_token, self.peak = model.flops_per_token(), peak_flops(device)
         self.tokens_per_byte, self.gpt2_tokens = tokens_per_byte, gpt2_tokens
         self.began, self.first_step = time.perf_counter(), None
+        self.steps_done = resumed_at or 0
         is_master = world.rank == 0
         facts = {**facts, "gpt2_tokens": gpt2_tokens}
         self.log = RunLog(cfg, resumed_at, facts) if is_master else None
@@ -42,10 +43,13 @@ class Reporter:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error_type, error, traceback):
         self.bar.close()
-        if self.log:
-            self.log.close()
+        if not self.log:
+            return
+        if error_type:
+            self._end(self.steps_done, error=first_line(error))
+        self.log.close()
 
     def _write(self, step, kind, **values):
         if self.log:
@@ -97,6 +101,7 @@ class Reporter:
         self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
                     tokens_per_second=tokens_per_second, mfu=mfu,
                     memory_mib=peak_gpu_memory(self.device))
+        self.steps_done = step + 1
         self.bar.update()
 
     def _time_left(self, step):
@@ -113,11 +118,15 @@ class Reporter:
             return ""
         return f" | {duration((now - began) / (step - first) * left)} left"
 
+    def _end(self, step, **values):
+        elapsed = time.perf_counter() - self.began
+        self.log.note(step, "end", elapsed=round(elapsed, 2), **values)
+        self.log.write_report()
+
     def end(self, step, position, val_loss):
         """Report where a run has ended: `position` is in tokens."""
         if self.log:
-            self.log.note(step, "end", elapsed=round(time.perf_counter() - self.began, 2))
-            self.log.write_report()
+            self._end(step)
         if step < self.cfg.max_steps:
             print0(f"stopped after {step} of {self.cfg.max_steps} steps; --auto_resume goes on")
             return

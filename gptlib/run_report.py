@@ -22,18 +22,20 @@ def format_report(records, title):
     sessions = [r for r in records if r["kind"] in ("config", "resume")]
     facts = sessions[-1]
     config = facts["config"]
-    of_kind = {kind: [r for r in records if r["kind"] == kind]
+    timed = count_from_the_beginning(records)
+    of_kind = {kind: [r for r in timed if r["kind"] == kind]
                for kind in ("train", "val", "hella", "samples", "end")}
+    commands = dict.fromkeys(r.get("command") or "unknown" for r in sessions)
     parts = [
         f"# Training run {title}",
-        describe_progress(of_kind, config),
+        describe_progress(of_kind, sessions),
         "![training and validation loss](log.png)",
         "## Results", results_table(of_kind, facts),
-        "## Evaluations", evaluations_table(of_kind, config),
+        "## Evaluations", evaluations_table(of_kind, sessions),
         "## Samples", show_samples(of_kind["samples"], config),
-        "## How to run it again", code_block(facts.get("command") or "unknown"),
+        "## How to run it again", code_block("\n".join(commands)),
         facts_table(facts, config, sessions[0]["time"]),
-        "## Time and cost", time_table(records, of_kind["train"], facts),
+        "## Time and cost", time_table(sessions, of_kind["train"], run_seconds(records)),
         "## Stops and skipped updates", describe_incidents(sessions, of_kind["train"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -43,13 +45,16 @@ def format_report(records, title):
 # the sections
 
 
-def describe_progress(of_kind, config):
+def describe_progress(of_kind, sessions):
     """Whether the run is over, and how far it came."""
+    max_steps = sessions[-1]["config"]["max_steps"]
     last = max((r["step"] for records in of_kind.values() for r in records), default=0)
     done = of_kind["end"][-1]["step"] if of_kind["end"] else last
-    tokens = done * config["total_batch_size"]
-    share = f"step {done:,} of {config['max_steps']:,}, {tokens:,} tokens"
-    if done == config["max_steps"]:
+    share = f"step {done:,} of {max_steps:,}, {tokens_until(done, sessions):,} tokens"
+    error = of_kind["end"][-1].get("error") if of_kind["end"] else None
+    if error:
+        return f"Ended by an error: {share}. {error}"
+    if done == max_steps:
         return f"Finished: {share}."
     if of_kind["end"] and done >= last:
         return f"Stopped: {share}. `--auto_resume` goes on."
@@ -66,15 +71,14 @@ def results_table(of_kind, facts):
     rows = []
     losses = [r for r in of_kind["val"] if r["loss"] is not None]
     if losses:
-        best = min(losses, key=lambda r: r["loss"])
+        best, last = min(losses, key=lambda r: r["loss"]), of_kind["val"][-1]
         others = [f"{GPT2_VAL_LOSS} on FineWeb-Edu", ""] if published else []
-        for name, record in (("best", best), ("last", losses[-1])):
-            rows.append([f"{evaluated} loss, {name}", f"{record['loss']:.4f}", record["step"],
-                         *others])
-        if "bpb" in losses[-1]:
-            bits = losses[-1]["bpb"]
-            rows.append([f"{evaluated}, bits per byte, last", f"{bits:.4f}", losses[-1]["step"],
-                         *["" for _ in others]])
+        for name, record in (("best", best), ("last", last)):
+            rows.append([f"{evaluated} loss, {name}", number(record["loss"]) or "not finite",
+                         record["step"], *others])
+        if "bpb" in last:
+            rows.append([f"{evaluated}, bits per byte, last", number(last["bpb"]) or "not finite",
+                         last["step"], *["" for _ in others]])
     if of_kind["hella"]:
         record = of_kind["hella"][-1]
         others = [GPT2_HELLASWAG, GPT3_HELLASWAG] if published else []
@@ -84,7 +88,7 @@ def results_table(of_kind, facts):
     return table(["", *columns], rows)
 
 
-def evaluations_table(of_kind, config):
+def evaluations_table(of_kind, sessions):
     """Validation loss over the run, with the mean training loss since the evaluation before."""
     hella = {r["step"]: r["acc_norm"] for r in of_kind["hella"]}
     rows, begin = [], 0
@@ -92,7 +96,7 @@ def evaluations_table(of_kind, config):
         step = record["step"]
         since = [r["loss"] for r in of_kind["train"]
                  if begin <= r["step"] < step and r["loss"] is not None]
-        rows.append([f"{step:,}", f"{step * config['total_batch_size']:,}",
+        rows.append([f"{step:,}", f"{tokens_until(step, sessions):,}",
                      f"{statistics.mean(since):.4f}" if since else "", number(record["loss"]),
                      number(record.get("bpb")), number(hella.get(step)),
                      duration(record.get("elapsed"))])
@@ -132,9 +136,8 @@ def facts_table(facts, config, begun):
     return table(["", ""], rows)
 
 
-def time_table(records, train, facts):
+def time_table(sessions, train, seconds):
     """Wall-clock time, throughput, MFU, memory, and the price where it is known."""
-    seconds = run_seconds(records)
     rows = [["time, evaluations and lost work included", duration(seconds)],
             ["time in training steps", duration(sum(r["ms"] for r in train) / 1000)]]
     if train:
@@ -147,13 +150,21 @@ def time_table(records, train, facts):
         memory = [r["memory_mib"] for r in train if r.get("memory_mib") is not None]
         if memory:
             rows.append(["GPU memory at most", f"{max(memory):,.0f} MiB"])
-    price = facts["config"].get("dollars_per_hour")
-    if price:
-        cost = f"${seconds / 3600 * price:,.2f} at ${price:,.2f} an hour"
-    else:
-        cost = "unknown: no `--dollars_per_hour`"
-    rows.append(["cost", cost])
+    rows.append(["cost", describe_cost(sessions, seconds)])
     return table(["", ""], rows)
+
+
+def describe_cost(sessions, seconds):
+    """The price of a run of so many seconds; each session has its own price an hour."""
+    begins = [session.get("seconds_before", 0.0) for session in sessions]
+    prices = [session["config"].get("dollars_per_hour") or 0.0 for session in sessions]
+    if not any(prices):
+        return "unknown: no `--dollars_per_hour`"
+    cost = 0.0
+    for begin, end, price in zip(begins, [*begins[1:], seconds], prices, strict=True):
+        cost += (end - begin) / 3600 * price
+    shown = ", then ".join(f"${price:,.2f}" for price in dict.fromkeys(prices))
+    return f"${cost:,.2f} at {shown} an hour"
 
 
 def describe_incidents(sessions, train):
@@ -171,14 +182,36 @@ def describe_incidents(sessions, train):
 
 def run_seconds(records):
     """Seconds that all sessions of a run took, also for steps that a resume dropped."""
-    seconds = 0.0
+    seconds = before = 0.0
     for record in records:
         if record["kind"] in ("config", "resume"):
-            before = record.get("seconds_before", 0.0)
-            seconds = before
+            seconds = before = record.get("seconds_before", 0.0)
         elif record.get("elapsed") is not None:
             seconds = before + record["elapsed"]
     return seconds
+
+
+def count_from_the_beginning(records):
+    """The records with the seconds of the whole run, not of their session, as `elapsed`."""
+    before, counted = 0.0, []
+    for record in records:
+        if record["kind"] in ("config", "resume"):
+            before = record.get("seconds_before", 0.0)
+        elif record.get("elapsed") is not None:
+            record = {**record, "elapsed": before + record["elapsed"]}
+        counted.append(record)
+    return counted
+
+
+def tokens_until(step, sessions):
+    """Tokens of the steps before `step`; a resume may change how many a step has."""
+    ends = [session["step"] for session in sessions[1:]] + [step]
+    begin, tokens = 0, 0
+    for session, end in zip(sessions, ends, strict=True):
+        end = min(end, step)
+        tokens += max(end - begin, 0) * session["config"]["total_batch_size"]
+        begin = max(begin, end)
+    return tokens
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,8 @@ def finished_run(folder, settings, loss):
     """The log that a run of train_gpt2.py would leave."""
     folder.mkdir(parents=True, exist_ok=True)
     steps = settings["max_steps"]
-    records = [dict(kind="config", step=0), dict(kind="val", step=0, loss=7.0)]
+    config = dict(data_root=settings.get("data_root"))
+    records = [dict(kind="config", step=0, config=config), dict(kind="val", step=0, loss=7.0)]
     records += [dict(kind="train", step=step, loss=7.0, ms=100.0) for step in range(steps)]
     records += [dict(kind="val", step=steps // 2, loss=6.0), dict(kind="val", step=steps, loss=loss)]
     text = "\n".join(json.dumps(record) for record in records)
@@ -39,7 +40,7 @@ def fake_training(tmp_path, monkeypatch):
         given = dict(flag.removeprefix("--").split("=", 1) for flag in command[2:] if "=" in flag)
         settings = dict(optimizer=given["optimizer"], max_lr=float(given["max_lr"]),
                         max_steps=int(given["max_steps"]), seed=int(given["seed"]),
-                        dev=given.get("dev") == "True")
+                        dev=given.get("dev") == "True", data_root=given.get("data_root"))
         fake.commands.append(command)
         finished_run(tmp_path / given["log_dir"].split("/")[-1], settings, fake.loss_of(settings))
         return SimpleNamespace(returncode=0, stderr="")
@@ -170,6 +171,35 @@ def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="this disk is full"):
         Experiment("data", tmp_path, "1.8M", 20, 1).sweep()
     assert len(started) <= 2  # the second may have begun before the first was known to have failed
+
+
+def test_a_rate_that_diverges_ends_its_run_alone(tmp_path, monkeypatch, fake_training):
+    """The largest rate of a sweep is there to be too large: the others still have to be tried."""
+    fake_training.loss_of = lambda s: abs(s["max_lr"] - 4e-3)
+    start = learning.subprocess.run
+
+    def diverge(command, **options):
+        if "--max_lr=0.016" in command and "--optimizer=adamw" in command:
+            error = "error: stopped at step 9: the gradient norm was not finite ten steps in a row."
+            return SimpleNamespace(returncode=1, stderr=error)
+        return start(command, **options)
+
+    monkeypatch.setattr(learning.subprocess, "run", diverge)
+    experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
+    assert experiment.sweep() == dict(adamw=4e-3, muon=4e-3)
+    assert [run["loss"] for run in experiment.runs].count(None) == 1
+    result = dict(size="1.8M", steps=20, runs=experiment.runs)
+    draw_learning(result, tmp_path / "picture.png")
+    assert "| 0.016 |  | 0.0120 |" in learning.format_tables(result)
+    with pytest.raises(UserError, match="has diverged: at this seed the best rate is too high"):
+        experiment.compare(dict(adamw=1.6e-2, muon=4e-3))
+
+
+def test_runs_on_another_dataset_are_not_taken_for_these(tmp_path, fake_training):
+    """Two datasets in one --out would be compared with each other, silently."""
+    run_training(tmp_path, "1.8M", run_settings("1.8M", "muon", 1e-3, 20, 1, data_root="a"))
+    with pytest.raises(UserError, match="is a run on a, not on b: choose another --out"):
+        run_training(tmp_path, "1.8M", run_settings("1.8M", "muon", 1e-3, 20, 1, data_root="b"))
 
 
 def test_a_run_that_was_stopped_is_told(tmp_path, monkeypatch):

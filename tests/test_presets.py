@@ -25,6 +25,7 @@ def rate_of(*argv):
     (["--preset", "gpt2-xl", "--optimizer", "adamw"], 2e-4),
     (["--preset", "demo"], PRESETS["demo"]["max_lr"]),
     (["--preset", "demo", "--optimizer", "muon"], PRESETS["demo"]["max_lr"]),
+    (["--preset", "demo", "--optimizer", "adamw"], 6e-4),
 ])
 def test_the_rate_of_a_preset_and_optimizer(argv, rate):
     """AdamW's rate for Muon wastes two thirds of what Muon brings; Muon's for AdamW diverges."""

@@ -112,6 +112,55 @@ def test_time_and_stops_of_a_resumed_run(tmp_path):
     assert row_of(text, "time, evaluations")[1] == "55 s"
 
 
+def test_each_session_counts_with_its_own_batch_and_price(tmp_path):
+    """A resume may change both. Two steps of 100 tokens in 20 seconds at $36 an hour, then two of
+    200 tokens in 10 seconds at $3.60: 600 tokens for 20 cents and 1 cent."""
+    with RunLog(settings(tmp_path), None, FACTS) as log:
+        write_run(log, range(2))
+    config = {**FACTS["config"], "total_batch_size": 200, "dollars_per_hour": 3.6}
+    with RunLog(settings(tmp_path), 2, {**FACTS, "config": config, "command": "the second"}) as log:
+        log.write(2, "val", loss=4.0, bpb=1.0, elapsed=4.0)
+        log.write(4, "val", loss=3.0, bpb=1.0, elapsed=9.0)
+        log.note(4, "end", elapsed=10.0)
+        log.write_report()
+    text = read_report(tmp_path)
+    assert "Finished: step 4 of 4, 600 tokens." in text
+    assert row_of(text, "2 | 200")[6] == "24 s"
+    assert row_of(text, "4 | 600")[6] == "29 s"
+    assert row_of(text, "cost")[1] == "$0.21 at $36.00, then $3.60 an hour"
+    assert f"{FACTS['command']}\nthe second\n" in text
+
+
+def test_a_run_that_ended_by_an_error_says_so(tmp_path):
+    """`Running` would have its reader wait for a run that is over."""
+    cfg = SimpleNamespace(**vars(settings(tmp_path)), max_steps=4, total_batch_size=100,
+                          log_interval=1)
+    model = SimpleNamespace(flops_per_token=lambda: 1)
+    nan = float("nan")
+    with pytest.raises(ValueError, match="the disk is full"):
+        with Reporter(cfg, model, FACTS, SimpleNamespace(type="cpu"), World(), None) as reporter:
+            reporter.validation(0, 7.5)
+            reporter.step(0, nan, 0.1, nan, 10.0)
+            reporter.validation(1, nan)
+            raise ValueError("the disk is full")
+    text = read_report(tmp_path)
+    assert "Ended by an error: step 1 of 4, 100 tokens. the disk is full" in text
+    assert row_of(text, "validation loss, best")[1:3] == ["7.5000", "0"]
+    assert row_of(text, "validation loss, last")[1:3] == ["not finite", "1"]
+    assert "- Skipped 1 updates" in text
+
+
+def test_a_resume_of_a_log_without_its_first_record(tmp_path):
+    """A disk that was full at the start and has room again: the run has to go on."""
+    with RunLog(settings(tmp_path), None, FACTS) as log:
+        write_run(log, range(2))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with RunLog(settings(tmp_path), 2, FACTS) as log:
+        log.write_report()
+    assert row_of(read_report(tmp_path), "time, evaluations")[1] == "20 s"
+
+
 def test_a_run_of_another_tokenizer(tmp_path):
     """Its losses are of other tokens: GPT-2's beside them would mislead."""
     log = RunLog(settings(tmp_path), None, {**FACTS, "gpt2_tokens": False})
