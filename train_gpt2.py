@@ -373,8 +373,8 @@ class TrainConfig:
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
                                "as the GPUs of a host; 0: all", 0)
-    reduce_each: bool = setting(False, "add up gradients over the ranks after each micro-batch: "
-                                "with --shard less memory, more communication")
+    reduce_each: bool = setting(False, "with --shard, add up gradients over the ranks after each "
+                                "micro-batch: less memory, more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
@@ -488,7 +488,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
         is_last = i == len(micro_batches) - 1
-        set_gradient_sync(model, is_last or cfg.reduce_each)
+        set_gradient_sync(model, is_last or (cfg.shard and cfg.reduce_each))
         with autocast:
             _, loss = model(x, y, return_logits=False)
         # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch
@@ -684,7 +684,8 @@ def main():
         saved = checkpoint["train_config"] if checkpoint else {}
         cfg = TrainConfig(**{**saved, **flags})
         if cfg.plan:
-            return print_plan(cfg, lambda cfg, t: create_model(cfg, checkpoint, t))
+            vocab_size = checkpoint and checkpoint["config"]["vocab_size"]
+            return print_plan(cfg, lambda cfg, t: create_model(cfg, None, t), vocab_size)
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files

@@ -9,6 +9,7 @@
 It has another name until all ranks have written, so it is whole or not there.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -80,6 +81,9 @@ class DirectoryWriter:
 
     def complete(self, checksums, publish):
         """Add what rank 0 writes, and rename."""
+        for name in checksums:
+            if not (self.tmp / name).is_file():
+                raise OSError(errno.ENOENT, f"{name} of another process is not in {self.tmp}")
         write_synced(self.tmp / STATE, lambda file: torch.save(self.skeleton, file))
         checksums |= self.checksums_of(STATE) | self.checksums_of(METADATA)
         text = json.dumps(checksums, indent=1).encode()

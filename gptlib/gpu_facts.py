@@ -36,6 +36,11 @@ class GPU:
         return PEAK_TFLOPS[self.name.removesuffix(" 40GB")] * 1e12
 
     @property
+    def float32_peak(self):
+        """FLOP/s of float32: of TF32 products half of the 16-bit ones, without TF32 an eighth."""
+        return self.peak / (8 if self.name in ("V100", "T4") else 2)
+
+    @property
     def usable_bytes(self):
         return self.memory * 2**30 * USABLE_MEMORY
 

@@ -17,10 +17,11 @@ from types import SimpleNamespace
 import torch
 
 from gptlib.batch_size import free_host_memory
-from gptlib.common import duration
+from gptlib.common import UserError, duration
 from gptlib.dataset import list_shards
 from gptlib.gpu_facts import GPUS_PER_HOST, find_gpu, published_mfu
 from gptlib.memory import PARTS, checkpoint_bytes, estimate_memory, model_sizes
+from gptlib.parallel import recompute_blocks
 from gptlib.presets import DEMO_VOCAB_SIZE
 from gptlib.runtime import device_name, prepare_device, resolve_device, resolve_dtype
 from gptlib.tokenizer import load_tokenizer
@@ -84,7 +85,8 @@ def choose(sizes, cfg, ranks, budget, bits=16):
     What cfg asks for already stays: with --shard only sharded ones count.
     """
     for flags, variant in variants(cfg, ranks).items():
-        if cfg.shard > variant.shard or cfg.recompute > variant.recompute:
+        wants_shard = cfg.shard and ranks > 1
+        if wants_shard > variant.shard or cfg.recompute > variant.recompute:
             continue
         batch_size = largest_batch_size(sizes, variant, ranks, budget, bits)
         if batch_size:
@@ -109,7 +111,8 @@ def traffic(sizes, cfg, batch_size, ranks):
     Everything is float32. DDP reduces the gradients once a step. A sharded model gathers each
     block's weights for the forward and for the backward pass of every micro-batch, those outside
     of the blocks once, and reduces the gradients once a step, with --reduce_each once a
-    micro-batch. Muon's updates travel in 16 bits.
+    micro-batch. Muon's updates travel in 16 bits; sharded, each rank sends the gradients of its
+    rows to their owners, and an owner sends the updates back.
     """
     group = group_size(cfg, ranks)
     around = (group - 1) / group
@@ -119,7 +122,7 @@ def traffic(sizes, cfg, batch_size, ranks):
     if not cfg.shard:
         return around * (2 * reduced + updates), 0
     gathered = 2 * 4 * (sizes.total - sizes.root) + 4 * sizes.root
-    inside = around * (micro_steps * gathered + reduced + 2 * updates)
+    inside = around * (micro_steps * gathered + reduced + 2 * updates / group)
     copies = ranks // group
     between = 2 * (copies - 1) / copies * reduced / group
     return inside, between
@@ -135,12 +138,12 @@ def communication_seconds(sizes, cfg, batch_size, ranks, gpu):
     bandwidth = gpu.link
     if group_size(cfg, ranks) > GPUS_PER_HOST:
         bandwidth = min(gpu.link, GPUS_PER_HOST * gpu.network)
-    return inside / bandwidth + between / gpu.network
+    return inside / bandwidth + between / (gpu.link if ranks <= GPUS_PER_HOST else gpu.network)
 
 
-def computing_seconds(cfg, flops_per_token, ranks, gpu, mfu):
-    """Seconds a step spends on computation, at a published model FLOPs utilization."""
-    return cfg.total_batch_size * flops_per_token / (ranks * gpu.peak * mfu)
+def computing_seconds(cfg, flops_per_token, ranks, peak, mfu):
+    """Seconds a step spends on computation, at a published utilization of a peak in FLOP/s."""
+    return cfg.total_batch_size * flops_per_token / (ranks * peak * mfu)
 
 
 def validation_tokens(cfg):
@@ -176,7 +179,8 @@ def time_micro_batch(model, batch_size, device, dtype, seconds):
 
 
 def measure_tokens_per_second(create, cfg, sizes, device, dtype):
-    """(tokens a second of this device, how it was measured in words).
+    """(tokens a second of this device, how it was measured in words), with --recompute if cfg has
+    it.
 
     Not compiled, since compiling takes longer than measuring. A large model is measured with 2 and
     with 4 blocks, and the others are assumed to take as long as the third and the fourth.
@@ -186,6 +190,7 @@ def measure_tokens_per_second(create, cfg, sizes, device, dtype):
 
     def measure(n_layer, seconds):
         model = create(dataclasses.replace(cfg, n_layer=n_layer)).to(device)
+        recompute_blocks(model, cfg)
         return time_micro_batch(model, batch_size, device, dtype, seconds)
 
     if sizes.total <= MEASURE_PARAMETERS or sizes.n_layer <= 4:
@@ -238,7 +243,7 @@ def command(argv, choice, ranks):
     given, words = [], iter(argv)
     for word in words:
         name = word.split("=")[0].removeprefix("--").removeprefix("no-")
-        if name in replaced:
+        if word.startswith("--") and name in replaced:
             if "=" not in word and name not in switches:
                 next(words, None)
         else:
@@ -283,15 +288,18 @@ def time_lines(cfg, step_seconds, tokens_per_second, n_gpus):
     return lines
 
 
-def published_lines(sizes, flops_per_token, choice, ranks, gpu):
+def published_lines(sizes, flops_per_token, choice, ranks, gpu, bits):
     """Speed and time from published figures, with their sources."""
     cfg = choice.cfg
     mfu, source = published_mfu(gpu, sizes.total, cfg.recompute)
-    compute = computing_seconds(cfg, flops_per_token, ranks, gpu, mfu)
+    peak = gpu.peak if bits == 16 else gpu.float32_peak
+    compute = computing_seconds(cfg, flops_per_token, ranks, peak, mfu)
     sent = sum(traffic(sizes, cfg, choice.batch_size, ranks))
     communication = communication_seconds(sizes, cfg, choice.batch_size, ranks, gpu)
     step_seconds = max(compute, communication)
-    lines = [f"MFU {mfu:.1%} of {gpu.peak / 1e12:,.0f} TFLOP/s: {source}"]
+    lines = [f"MFU {mfu:.1%} of {peak / 1e12:,.0f} TFLOP/s: {source}"]
+    if bits == 32:
+        lines.append("that MFU is of 16 bits, and assumed for float32")
     if ranks > 1:
         lines.append(f"a step computes for {compute:,.2f} s, beside it a GPU sends "
                      f"{sent / 1e9:,.1f} GB in {communication:,.2f} s at "
@@ -305,8 +313,10 @@ def plan(cfg, create, argv):
     """The lines that --plan prints.
 
     create: a function that makes the model of a cfg, its random weights on torch's current
-    device; argv: the flags as the user typed them.
+    device; argv: the flags as the user typed them. Raises UserError where so many GPUs can't be
+    shared out.
     """
+    check_gpus(cfg)
     with torch.device("meta"):
         model = create(cfg)
     sizes = model_sizes(model)
@@ -327,13 +337,24 @@ def plan(cfg, create, argv):
         return [*lines, "it does not fit: take more GPUs, larger ones, or a smaller model"]
     lines += ["type:", f"  {command(argv, choice, cfg.gpus)}", ""]
     if cfg.gpu:
-        lines += published_lines(sizes, model.flops_per_token(), choice, cfg.gpus, gpu)
+        lines += published_lines(sizes, model.flops_per_token(), choice, cfg.gpus, gpu, bits)
     else:
-        rate, how = measure_tokens_per_second(create, cfg, sizes, device, dtype)
+        rate, how = measure_tokens_per_second(create, choice.cfg, sizes, device, dtype)
         n = cfg.gpus if device.type == "cuda" else 1  # processes on a CPU share it
         lines += [f"{how}: {rate:,.0f} tokens a second on {name}",
                   *time_lines(choice.cfg, cfg.total_batch_size / (n * rate), n * rate, cfg.gpus)]
     return lines + disk_lines(sizes, cfg)
+
+
+def check_gpus(cfg):
+    """Raise UserError where hosts of one size, or copies of the model, don't make up cfg.gpus."""
+    hosts = math.ceil(cfg.gpus / GPUS_PER_HOST)
+    if cfg.gpus % hosts:
+        raise UserError(f"--gpus is {cfg.gpus}, which {hosts} hosts of at most {GPUS_PER_HOST} do "
+                        f"not share evenly: give a multiple of {GPUS_PER_HOST}")
+    if cfg.shard_ranks and cfg.gpus % cfg.shard_ranks and cfg.gpus > 1:
+        raise UserError(f"--shard_ranks is {cfg.shard_ranks}, which does not divide --gpus "
+                        f"{cfg.gpus}: give the number of GPUs of a host, or 0")
 
 
 def free_memory(device, processes):
@@ -373,7 +394,7 @@ def preset_row(sizes, flops_per_token, cfg, ranks, gpu):
         return ["does not fit", f"{smallest / GIB:,.0f} at least", "", "", ""]
     cfg, batch_size = choice.cfg, choice.batch_size
     mfu, _ = published_mfu(gpu, sizes.total, cfg.recompute)
-    compute = computing_seconds(cfg, flops_per_token, ranks, gpu, mfu)
+    compute = computing_seconds(cfg, flops_per_token, ranks, gpu.peak, mfu)
     flags = f"`--batch_size {batch_size}`"
     if choice.flags != "plain":
         flags = f"`{choice.flags} --batch_size {batch_size}`"
@@ -386,13 +407,16 @@ def preset_row(sizes, flops_per_token, cfg, ranks, gpu):
     return [*row, f"{seconds:,.3f} s", f"{sent / 1e9:,.1f}"]
 
 
-def print_plan(cfg, create_model):
+def print_plan(cfg, create_model, vocab_size=None):
     """Print what a run of cfg needs.
 
-    create_model(cfg, tokenizer): the model of a run. Without data the vocabulary is GPT-2's, and
-    of the demo the one that it will make.
+    create_model(cfg, tokenizer): the model of a run. vocab_size: of the checkpoint that it starts
+    from. Without that and without data the vocabulary is GPT-2's, and of the demo the one that it
+    will make.
     """
-    if list_shards(cfg.data_root, "train"):
+    if vocab_size:
+        tokenizer = SimpleNamespace(n_vocab=vocab_size)
+    elif list_shards(cfg.data_root, "train"):
         tokenizer = load_tokenizer(cfg.data_root)
     else:
         n_vocab = DEMO_VOCAB_SIZE if cfg.preset == "demo" else GPT2_TOKENS

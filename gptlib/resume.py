@@ -1,6 +1,9 @@
 """How a run goes on from a checkpoint, and the thread that writes the next ones."""
 
+import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -9,7 +12,7 @@ from gptlib.checkpoint import (checkpoint_path, copy_to_host, publish_checkpoint
 from gptlib.checkpoint_directory import DirectoryWriter, read_tensors, split_sharded
 from gptlib.common import UserError, print0
 from gptlib.parallel import shard_like
-from gptlib.runtime import World
+from gptlib.runtime import World, any_rank, share_from_rank0
 from gptlib.tokenizer import tokenizer_to_dict
 
 
@@ -29,6 +32,9 @@ def check_fit(cfg, checkpoint, tokenizer):
         remedy = "leave it out" if resumed else "give at most that"
         raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has "
                         f"{limit}: {remedy}")
+    if cfg.shard and "directory" in checkpoint and cfg.block_size != limit:
+        raise UserError(f"--block_size is {cfg.block_size}, but with --shard a checkpoint that is "
+                        f"a directory keeps its {limit}: leave it out, or start without --shard")
     check_same_tokenizer(cfg.data_root, tokenizer, checkpoint["tokenizer"])
     if resumed and len(checkpoint["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
         raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with "
@@ -83,17 +89,35 @@ def named_optimizer_tensors(optimizers):
     return split_sharded(state)[0]
 
 
+def require_shared_disk(folder, world):
+    """Raise UserError on all ranks where one of them does not see what rank 0 writes there."""
+    probe = Path(folder) / f".shared_{share_from_rank0(os.getpid(), world)}"
+    if world.rank == 0:
+        with contextlib.suppress(OSError):  # a full disk: nobody sees it, and nothing is known
+            probe.touch()
+    is_there = share_from_rank0(probe.exists(), world)
+    is_missing = any_rank(is_there and not probe.exists(), world)
+    if world.rank == 0:
+        probe.unlink(missing_ok=True)
+    if is_missing:
+        raise UserError(f"a model of more than --largest_file parameters is saved by all processes "
+                        f"together, and not all see {folder} of the first: put --log_dir on a disk "
+                        "that all hosts share")
+
+
 class BackgroundSaver:
     """Writes checkpoints from a thread, one at a time, while training goes on from the same
     tensors.
 
     With as_directory every rank writes its share of a sharded model into a directory; otherwise
-    rank 0 writes one file.
+    rank 0 writes one file. Raises UserError where the ranks don't share the disk of a directory.
     """
 
     def __init__(self, log_dir, keep, world=World(), as_directory=False):
         self.log_dir, self.keep, self.world = log_dir, keep, world
         self.thread, self.writing = ThreadPoolExecutor(1), None
+        if as_directory:
+            require_shared_disk(log_dir, world)
         # the threads that write talk to each other while training does: on a group of their own
         self.group = dist.new_group(backend="gloo") if as_directory else None
 

@@ -185,6 +185,32 @@ def full_disk(world, folder):
     expect(len(list_checkpoints(folder)) == 2, sorted(os.listdir(folder)))
 
 
+def separate_disks(world, folder):
+    """Hosts that share no disk: a checkpoint of which each has a part, under the name of a whole
+    one. It is refused at the start, and where the start did not notice, when it is complete."""
+    own = folder / str(world.rank)
+    own.mkdir()
+    expect_error(lambda: BackgroundSaver(own, 5, world, as_directory=True),
+                 "put --log_dir on a disk that all hosts share")
+    BackgroundSaver(folder, 5, world, as_directory=True)
+    expect(not list(folder.glob(".shared*")), "the probe is still there")
+
+    model, cfg, config = model_of(world)
+    writer = checkpoint_directory.DirectoryWriter(
+        own / "model_00001.pt", state_of(model, [], config, 1), dist.new_group(backend="gloo"))
+    expect_error(lambda: writer.finish(lambda: None), "of another process is not in")
+    expect(not list_checkpoints(own), "a part has the name of a whole one")
+
+
+def expect_error(function, text):
+    try:
+        function()
+    except UserError as error:
+        expect(text in str(error), str(error))
+        return
+    raise AssertionError(f"no error about: {text}")
+
+
 def training_goes_on(world, folder):
     """What is saved are the tensors at the time of the call, not when they reach the disk."""
     model, cfg, config = model_of(world)

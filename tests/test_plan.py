@@ -269,6 +269,28 @@ def test_traffic_of_ddp_and_of_shards():
     assert between == pytest.approx(2 * 7 / 8 * gradients / 8)
 
 
+def test_each_rank_sends_its_share_of_muons_updates():
+    """Sharded over 8, a rank has an eighth of the rows: seven eighths of them go to other owners in
+    16 bits, and as much comes back as an owner. It is planned as if every rank sent all."""
+    cfg, sizes = preset_sizes("gpt3-6.7b")
+    cfg.shard = True
+    adamw, _ = traffic(sizes, cfg, 2, 8)
+    cfg.optimizer = "muon"
+    muon, _ = traffic(sizes, cfg, 2, 8)
+    assert muon - adamw == pytest.approx(2 * 2 * sizes.hidden / 8 * 7 / 8)
+
+
+def test_copies_in_one_host_talk_over_its_links():
+    """Two copies of four GPUs each are planned as if a network lay between them."""
+    cfg, sizes = preset_sizes("gpt2-xl")
+    cfg.shard, cfg.shard_ranks = True, 4
+    a100 = GPUS["A100"]
+    inside, between = traffic(sizes, cfg, 4, 8)
+    assert between > 0
+    seconds = communication_seconds(sizes, cfg, 4, 8, a100)
+    assert seconds == pytest.approx((inside + between) / 220e9)
+
+
 def test_hosts_are_joined_by_the_slower_link():
     """Eight hosts are planned as if NVLink reached from one to the other."""
     cfg, sizes = preset_sizes("gpt2-xl")
@@ -291,6 +313,16 @@ def test_published_speeds_come_out(gpu, preset, tokens_per_second):
     mfu, _ = published_mfu(GPUS[gpu], sizes.total, recompute=False)
     speed = GPUS[gpu].peak * mfu / flops
     assert speed == pytest.approx(tokens_per_second, rel=0.04)
+
+
+def test_float32_is_slower_than_16_bits():
+    """--dtype float32 is planned at the speed of bfloat16. The datasheets' TF32 and FP32 figures,
+    in TFLOP/s."""
+    datasheets = {"A100": 156, "H100": 494.5, "RTX 3090": 35.6, "L4": 60, "V100": 15.7, "T4": 8.1}
+    for name, expected in datasheets.items():
+        assert GPUS[name].float32_peak / 1e12 == pytest.approx(expected, rel=0.03), name
+    cfg = settings(gpu="A100", gpus=8, dtype="float32", n_layer=12, n_embd=768)
+    assert "of 156 TFLOP/s" in "\n".join(plan(cfg, create, []))
 
 
 def test_every_figure_has_a_source():
@@ -388,6 +420,57 @@ def test_the_table_of_presets_is_up_to_date():
 def test_one_gpu_has_nothing_to_shard():
     """A single GPU is told to use --shard, which needs several."""
     assert list(variants(settings(), 1)) == ["plain", "--recompute"]
+
+
+def test_shard_on_one_gpu_is_planned():
+    """--shard with the default of one GPU was told to take more of them."""
+    cfg, sizes = preset_sizes("gpt2")
+    cfg.shard = True
+    assert choose(sizes, cfg, 1, find_gpu("H100").usable_bytes).flags == "plain"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(gpus=20), "--gpus is 20, which 3 hosts of at most 8 do not share evenly"),
+    (dict(gpus=8, shard=True, shard_ranks=3), "--shard_ranks is 3, which does not divide --gpus 8"),
+    (dict(gpus=8, shard=True, shard_ranks=16), "--shard_ranks is 16, which does not divide"),
+])
+def test_gpus_that_cannot_be_shared_out_are_refused(flags, message):
+    """A traceback, or a command that torchrun or the run itself refuses."""
+    with pytest.raises(UserError, match=message):
+        plan(settings(gpu="H100", **flags), create, [])
+
+
+def test_values_of_flags_are_not_taken_for_flags():
+    """A log directory named after a flag lost its name in the command to type."""
+    cfg, sizes = preset_sizes("gpt2")
+    choice = choose(sizes, cfg, 1, 80 * GIB)
+    words = command(["--plan", "--log_dir", "plan", "--gpu", "H100"], choice, 1).split()
+    assert words[:4] == ["python", "train_gpt2.py", "--log_dir", "plan"]
+
+
+def test_the_plan_of_a_run_from_a_checkpoint(tmp_path):
+    """A checkpoint with a tokenizer of its own, and no data: it was compared with GPT-2's."""
+    model = GPT(GPTConfig(32, 320, 2, 2, 32))
+    contents = dict(model=model.state_dict(), config=vars(model.config),
+                    tokenizer=dict(name="own", ranks=[]))
+    torch.save(contents, tmp_path / "start.pt")
+    done = run_plan(tmp_path, "--init_from", "start.pt", "--gpu", "H100", "--gpus", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def test_recomputation_is_measured_too(monkeypatch):
+    """The speed of a run with --recompute was measured without."""
+    seen = []
+
+    def time_nothing(model, *args):
+        seen.append([block.forward.__name__ for block in model.transformer.h])
+        return 1.0
+
+    monkeypatch.setattr("gptlib.plan.time_micro_batch", time_nothing)
+    cfg = settings(recompute=True, plan=True, device="cpu")
+    plan(cfg, lambda cfg: create_model(cfg, None, SimpleNamespace(n_vocab=64)), ["--plan"])
+    assert set(seen[0]) == {"forward_and_forget"}
 
 
 def test_unknown_names_raise():

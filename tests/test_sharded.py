@@ -26,7 +26,7 @@ from sharded_runs import run_all
 from train_gpt2 import GPT
 
 CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights",
-          "one_batch_size", "training_goes_on", "full_disk", "memory_of_a_start"]
+          "one_batch_size", "training_goes_on", "full_disk", "separate_disks", "memory_of_a_start"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.

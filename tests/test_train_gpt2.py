@@ -25,6 +25,7 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evalua
 from train_gpt2 import take_step, train
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
 
+CPU, NO_AUTOCAST = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 SHAPES = [  # block_size, vocab_size, n_layer, n_head, n_embd
     (16, 61, 1, 1, 8),
     (64, 257, 3, 4, 48),
@@ -239,9 +240,8 @@ def first_step(**settings):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(1))
     batch = (tokens[:, :-1], tokens[:, 1:], 64)
-    take_step(model, [batch], configure_optimizers(model, cfg, torch.device("cpu")),
-              torch.amp.GradScaler("cpu", enabled=False),
-              torch.autocast("cpu", enabled=False), 1e-3, cfg)
+    take_step(model, [batch], configure_optimizers(model, cfg, CPU),
+              torch.amp.GradScaler("cpu", enabled=False), NO_AUTOCAST, 1e-3, cfg)
     return {name: (p.detach() - before[name]).abs() / 1e-3 for name, p in model.named_parameters()}
 
 
@@ -256,6 +256,20 @@ def test_the_embeddings_learn_at_a_rate_of_their_own(optimizer):
             continue  # Muon's
         expected = 4.0 if name in ("transformer.wte.weight", "transformer.wpe.weight") else 1.0
         assert change.median().item() == pytest.approx(expected, rel=0.01), name
+
+
+@pytest.mark.parametrize("shard, exchanges", [(False, [False, True]), (True, [True, True])])
+def test_only_sharded_runs_reduce_after_each_micro_batch(monkeypatch, shard, exchanges):
+    """DDP's ranks may have different numbers of micro-batches: where each is reduced, they wait for
+    each other for ever. Sharded runs fill them up."""
+    flags = []
+    monkeypatch.setattr(train_gpt2, "set_gradient_sync", lambda model, sync: flags.append(sync))
+    cfg = TrainConfig(shard=shard, reduce_each=True, total_batch_size=64)
+    model = GPT(GPTConfig(32, 320, 2, 2, 32))
+    tokens = torch.zeros(1, 32, dtype=torch.long)
+    take_step(model, [(tokens, tokens, 32)] * 2, configure_optimizers(model, cfg, CPU),
+              torch.amp.GradScaler("cpu", enabled=False), NO_AUTOCAST, 1e-3, cfg)
+    assert flags == exchanges
 
 
 def test_optimizer_state_saved_in_other_groups_is_restored():
