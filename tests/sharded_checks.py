@@ -8,6 +8,7 @@ Each rank writes {check: "ok", or why it failed} to OUT/RANK.json.
 import ctypes
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import os
@@ -114,6 +115,46 @@ def initial_weights(world, folder):
     torch.manual_seed(3)
     for name, expected in GPT(config).state_dict().items():
         expect(torch.equal(state[name], expected), name)
+
+
+def compiled_blocks(world, folder):
+    """Compiled blocks train as uncompiled ones do, with and without recomputation, and one graph
+    serves all of them: where sharding breaks it, each block compiles anew in each step."""
+    compile, graphs = torch.compile, []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for recompute in (False, True):
+        torch.compile = functools.partial(compile, backend=record)
+        try:
+            compiled = three_losses(world, compile=True, recompute=recompute)
+        finally:
+            torch.compile = compile
+        torch.compiler.reset()
+        expected = three_losses(world, compile=False, recompute=recompute)
+        expect(compiled == expected, f"losses {compiled}, expected {expected}")
+        of_blocks = [graph for graph in graphs if "c_fc" in graph.code]
+        expect(len(of_blocks) == 1, f"{len(of_blocks)} graphs of blocks, expected 1")
+        graphs.clear()
+
+
+def three_losses(world, **flags):
+    """This rank's losses of three steps of two micro-batches each."""
+    cfg = TrainConfig(shard=True, total_batch_size=64 * world.size, **flags)
+    config = GPTConfig(16, 61, 3, 2, 16)
+    torch.manual_seed(5)
+    model = create_on(CPU, cfg, world, lambda: GPT(config))
+    optimizers = configure_optimizers(model, cfg, CPU, world)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    x, y = torch.randint(61, (2, 2, 16), generator=torch.Generator().manual_seed(world.rank))
+    losses = []
+    for _ in range(3):
+        loss, _ = take_step(train_with(model, cfg, CPU, world), [(x, y, 32)] * 2, optimizers, scaler,
+                            torch.autocast("cpu", enabled=False), 1e-2, cfg, world)
+        losses.append(loss.item())
+    return losses
 
 
 def one_batch_size(world, folder):

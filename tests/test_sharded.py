@@ -25,7 +25,7 @@ from sharded_checks import MEASURED, measured_settings
 from sharded_runs import run_all
 from train_gpt2 import GPT
 
-CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights",
+CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights", "compiled_blocks",
           "one_batch_size", "training_goes_on", "full_disk", "separate_disks", "memory_of_a_start"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
