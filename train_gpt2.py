@@ -438,17 +438,17 @@ def configure_optimizers(model, cfg, device, world=World()):
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in params.items() if p.dim() >= 2}
     hidden = {name: p for name, p in matrices.items() if name.startswith("transformer.h.")}
-    embeddings = dict(params=[p for name, p in matrices.items() if name not in hidden],
-                      weight_decay=cfg.weight_decay, lr_ratio=cfg.embedding_lr_ratio)
-    layers = dict(params=list(hidden.values()), weight_decay=cfg.weight_decay, lr_ratio=1.0)
+    decaying = dict(weight_decay=cfg.weight_decay, lr_ratio=1.0)
+    layers = dict(decaying, params=list(hidden.values()))
+    embeddings = dict(decaying, params=[p for name, p in matrices.items() if name not in hidden])
+    embeddings["lr_ratio"] = cfg.embedding_lr_ratio
     vectors = dict(params=[p for p in params.values() if p.dim() < 2], weight_decay=0.0,
                    lr_ratio=1.0)
-    with_muon = cfg.optimizer == "muon"
-    groups = [embeddings, vectors] if with_muon else [embeddings, layers, vectors]
-    fused = device.type in ("cuda", "cpu")
-    adamw = torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
-    if not with_muon:
-        return [adamw]
+    options = dict(lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8,
+                   fused=device.type in ("cuda", "cpu"))
+    if cfg.optimizer == "adamw":
+        return [torch.optim.AdamW([embeddings, layers, vectors], **options)]
+    adamw = torch.optim.AdamW([embeddings, vectors], **options)
     layers["params"] = [hidden[name] for name in sorted(hidden)]
     muon = Muon([layers], world, lr=cfg.max_lr, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
