@@ -84,8 +84,8 @@ def choose(sizes, cfg, ranks, budget, bits=16):
 
     What cfg asks for already stays: with --shard only sharded ones count.
     """
+    wants_shard = cfg.shard and ranks > 1
     for flags, variant in variants(cfg, ranks).items():
-        wants_shard = cfg.shard and ranks > 1
         if wants_shard > variant.shard or cfg.recompute > variant.recompute:
             continue
         batch_size = largest_batch_size(sizes, variant, ranks, budget, bits)

@@ -182,24 +182,19 @@ def describe_incidents(sessions, train):
 
 def run_seconds(records):
     """Seconds that all sessions of a run took, also for steps that a resume dropped."""
-    seconds = before = 0.0
-    for record in records:
-        if record["kind"] in ("config", "resume"):
-            seconds = before = record.get("seconds_before", 0.0)
-        elif record.get("elapsed") is not None:
-            seconds = before + record["elapsed"]
-    return seconds
+    times = [record.get("elapsed") for record in count_from_the_beginning(records)]
+    known = [seconds for seconds in times if seconds is not None]
+    return known[-1] if known else 0.0
 
 
 def count_from_the_beginning(records):
     """The records with the seconds of the whole run, not of their session, as `elapsed`."""
     before, counted = 0.0, []
     for record in records:
+        elapsed = record.get("elapsed")
         if record["kind"] in ("config", "resume"):
-            before = record.get("seconds_before", 0.0)
-        elif record.get("elapsed") is not None:
-            record = {**record, "elapsed": before + record["elapsed"]}
-        counted.append(record)
+            before, elapsed = record.get("seconds_before", 0.0), 0.0
+        counted.append(record if elapsed is None else {**record, "elapsed": before + elapsed})
     return counted
 
 

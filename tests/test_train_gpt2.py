@@ -234,7 +234,7 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
 
 
 def first_step(**settings):
-    """Ratio of change to learning rate of each weight, {name: tensor}, after one step of AdamW."""
+    """How far the first step moves each weight, over the learning rate: {name: tensor}."""
     cfg = TrainConfig(weight_decay=0.0, total_batch_size=64, **settings)
     model = scrambled(GPTConfig(32, 320, 2, 2, 32)).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -278,14 +278,14 @@ def test_optimizer_state_saved_in_other_groups_is_restored():
     model = GPT(GPTConfig(*SHAPES[1]))
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    trained, = configure_optimizers(model, TrainConfig(), torch.device("cpu"))
+    trained, = configure_optimizers(model, TrainConfig(), CPU)
     trained.step()
     saved = trained.state_dict()
     embeddings, layers, vectors = saved["param_groups"]
     merged = {**layers, "params": embeddings["params"] + layers["params"]}
     saved["param_groups"] = [merged, vectors]
 
-    resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), torch.device("cpu"))
+    resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), CPU)
     restore_training_state(dict(optimizer=[saved], scaler={}), [resumed],
                            torch.amp.GradScaler("cpu", enabled=False))
     for name, p in model.named_parameters():
