@@ -287,9 +287,10 @@ def test_sigterm_finishes_the_requests_in_flight(home):
         assert server.get("/").status_code == 200
         server.ready()
         running = in_background(server.post, prompt="abc", max_length=100)
-        streamed = server.post(stream=True, prompt="abc", max_length=50)  # waits for the only slot
+        streamed = server.post(stream=True, prompt="abc", max_length=50)  # once it has the only slot
         waiting = in_background(server.post, prompt="abc", max_length=3)
-        server.until(lambda: server.metric("gpt2_queue_sequences") == 1)
+        # three prompts of three tokens: all are accepted, in whatever order they came
+        server.until(lambda: server.metric("gpt2_prompt_tokens_total") == 9)
         exited = in_background(server.stop)
         server.until(lambda: server.get("/health").json()["status"] == "draining")
         late = server.post(prompt="late")
