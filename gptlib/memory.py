@@ -125,10 +125,11 @@ def optimizer_bytes(sizes, name, share):
     """Bytes of the optimizer's state on a rank, and of what its step needs besides."""
     if name == "adamw":  # two moments; the step is fused
         return 8 * sizes.total // share, 0
-    # one momentum for each hidden matrix; directions and updates of all matrices in 16 bits
+    # one momentum for each hidden matrix; in 16 bits the directions and updates of all, and of
+    # those of one shape, a third, what their iteration needs
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
     if share == 1:
-        return state, 4 * sizes.hidden
+        return state, 6 * sizes.hidden
     at_once = max(ELEMENTS_AT_ONCE, sizes.hidden // (4 * sizes.n_layer))  # a matrix for each rank
     return state, 10 * min(sizes.hidden // share, at_once)
 

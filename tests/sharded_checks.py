@@ -64,9 +64,12 @@ def make_params(place):
 
 
 def check_muon(world, place, **options):
-    """Whatever the layout, the weights equal those of torch.optim.Muon in one process exactly."""
-    theirs = make_params(torch.clone)
-    expected = steps_of_muon(torch.optim.Muon(theirs, **OPTIONS), theirs, torch.clone)
+    """Whatever the layout, the weights equal those of one process exactly.
+
+    tests/test_muon.py compares one process with torch.optim.Muon.
+    """
+    alone = make_params(torch.clone)
+    expected = steps_of_muon(Muon(alone, **OPTIONS), alone, torch.clone)
     ours = make_params(place)
     found = steps_of_muon(Muon(ours, world, **OPTIONS), ours, place)
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
