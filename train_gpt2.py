@@ -48,8 +48,9 @@ from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_sett
 from gptlib.report import Reporter, describe_run, print_run
 from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
-                            nondeterministic_algorithms, prepare_device, resolve_device,
-                            resolve_dtype, set_rng, skip_init, without_cudnn_attention)
+                            nondeterministic_algorithms, prepare_attention, prepare_device,
+                            resolve_device, resolve_dtype, set_rng, skip_init,
+                            without_cudnn_attention)
 from gptlib.sampling import sample_next
 from gptlib.step_log import StepLog, update_if_finite
 from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
@@ -554,6 +555,7 @@ def train(cfg, checkpoint=None, world=World()):
                               cache_enabled=not cfg.shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     prepare_device(device, cfg.deterministic)
+    prepare_attention(device, dtype, cfg.block_size)
 
     # data
     tokenizer = load_tokenizer(cfg.data_root)

@@ -23,7 +23,8 @@ from gptlib.gpu_facts import GPUS_PER_HOST, find_gpu, published_mfu
 from gptlib.memory import PARTS, checkpoint_bytes, estimate_memory, model_sizes
 from gptlib.parallel import recompute_blocks
 from gptlib.presets import DEMO_VOCAB_SIZE
-from gptlib.runtime import device_name, prepare_device, resolve_device, resolve_dtype
+from gptlib.runtime import (device_name, prepare_attention, prepare_device, resolve_device,
+                            resolve_dtype)
 from gptlib.tokenizer import load_tokenizer
 
 GIB = 2**30
@@ -186,6 +187,7 @@ def measure_tokens_per_second(create, cfg, sizes, device, dtype):
     with 4 blocks, and the others are assumed to take as long as the third and the fourth.
     """
     prepare_device(device)
+    prepare_attention(device, dtype, sizes.block_size)
     batch_size = max(1, min(cfg.batch_size, MEASURE_TOKENS // sizes.block_size))
 
     def measure(n_layer, seconds):

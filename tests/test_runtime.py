@@ -10,9 +10,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptlib import runtime
-from gptlib.runtime import StopSignal, distributed, nondeterministic_algorithms, prepare_device
+from gptlib.runtime import (StopSignal, distributed, nondeterministic_algorithms,
+                            prepare_attention, prepare_device)
 
 
 def handlers():
@@ -83,6 +86,33 @@ def test_a_cpu_is_deterministic_with_warnings(settings_of_torch, deterministic):
     """A CPU run ends with an error at a kernel that only CUDA has in a deterministic form."""
     prepare_device(torch.device("cpu"), deterministic)
     assert settings_of_torch == dict(enabled=True, warn_only=True)
+
+
+@pytest.mark.parametrize("dtype, block_size, is_flash", [
+    (torch.bfloat16, 128, False), (torch.bfloat16, 256, True), (torch.float32, 128, True)])
+def test_attention_of_short_contexts_multiplies_matrices(dtype, block_size, is_flash):
+    """Guards against steps of the demo that take an eighth longer, and against the memory of whole
+    score matrices where contexts are long."""
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, block_size, 16, generator=generator) for _ in range(3))
+    kernels = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kernels.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    try:
+        prepare_attention(cpu, dtype, block_size)
+        with Record():
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype),
+                                               is_causal=True)
+    finally:
+        prepare_attention(cpu, torch.float32, 1024)
+    assert ("_scaled_dot_product_flash_attention_for_cpu" in kernels) == is_flash
+    scores = (q @ k.mT / 4).masked_fill(torch.ones(block_size, block_size).triu(1) > 0, -torch.inf)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(y.float(), scores.softmax(-1) @ v, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("enabled,warn_only", [(True, False), (True, True), (False, False)])
