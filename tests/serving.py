@@ -27,6 +27,7 @@ from train_gpt2 import GPT, GPTConfig
 CONFIG = GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 LONG = 50000  # tokens: more than anybody waits for here
 WAIT = 30  # seconds: what takes longer hangs
+START = 120  # seconds: so does a start, whose imports take long on a machine that is busy
 SMALL = dict(SLOTS="4", QUEUE_SIZE="4", MAX_LENGTH_LIMIT=str(LONG), DTYPE="float32", DEVICE="cpu")
 
 
@@ -86,12 +87,13 @@ class Server:
             threading.Thread(
                 target=lambda pipe=pipe: self.lines.extend(iter(pipe.readline, "")), daemon=True
             ).start()
-        match = self.wait_for(r"(?:listening on|Listening at:) http://127\.0\.0\.1:(\d+)")
+        listening = r"(?:listening on|Listening at:) http://127\.0\.0\.1:(\d+)"
+        match = self.wait_for(listening, START)
         self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def wait_for(self, pattern):
-        end = time.monotonic() + WAIT
+    def wait_for(self, pattern, seconds=WAIT):
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if match := re.search(pattern, self.log()):
                 return match
@@ -103,12 +105,13 @@ class Server:
         return "".join(list(self.lines))
 
     def ready(self):
-        self.until(lambda: requests.get(f"{self.url}/health", timeout=WAIT).status_code == 200)
+        health = f"{self.url}/health"
+        self.until(lambda: requests.get(health, timeout=START).status_code == 200, START)
         return self
 
     @staticmethod
-    def until(true):
-        end = time.monotonic() + WAIT
+    def until(true, seconds=WAIT):
+        end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, "hung"
             time.sleep(0.02)
@@ -139,7 +142,13 @@ class Server:
         )
 
     def idle(self):
-        self.until(lambda: self.metric("gpt2_slots_in_use") == 0)
+        """Wait until no sequence has a slot or waits for one, as those do whose context is full."""
+
+        def nothing_is_left():
+            health = self.get("/health").json()
+            return health["slots_in_use"] == health["queue"] == 0
+
+        self.until(nothing_is_left)
 
     def stop(self):
         """SIGTERM; the exit code, when the whole process group is gone."""

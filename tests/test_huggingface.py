@@ -99,7 +99,7 @@ def exported(request, tmp_path_factory):
 
 
 @example(parts=["it's naïve, ", EOT, "中文没有空格。", EOT, EOT, " \n\n  日本語のカタカナー 🙂 e\u0301 1234567 don't"])
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(parts=st.lists(st.just(EOT) | st.text(st.sampled_from(" \n\t'sltab19.,中の々カー春天\u0301<|>🙂")
                                              | st.characters(exclude_categories=["Cs"]), max_size=30), max_size=6))
 def test_an_exported_tokenizer_gives_the_same_ids(exported, parts):

@@ -36,7 +36,7 @@ def bpe():
 
 
 @example(text=" ".join(ODD).replace("\ud800", ""))
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(text=st.text(st.sampled_from(" \n\t\r\u00a0\u3000\x1cab'stdl19.,<|>中の")
                     | st.characters(), max_size=60))
 def test_gpt2_pieces_are_those_of_openai(gpt2, ours, text):

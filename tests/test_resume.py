@@ -36,15 +36,23 @@ def assert_same_run(log_dir, reference_dir, last):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def wait_for_step(process, log_dir, step):
-    """Wait until the process has logged a training step; fails when it ends before."""
+def wait_for(process, is_reached, what):
+    """Wait until is_reached() is true; fails when the process ends before."""
     for _ in range(6000):
-        text = (log_dir / "log.txt").read_text() if (log_dir / "log.txt").exists() else ""
-        if f"\n{step} train" in text:
+        if is_reached():
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    raise AssertionError(f"step {step} was never reached")
+    raise AssertionError(f"{what} was never reached")
+
+
+def wait_for_step(process, log_dir, step):
+    """Wait until the process has logged a training step."""
+    def is_logged():
+        text = (log_dir / "log.txt").read_text() if (log_dir / "log.txt").exists() else ""
+        return f"\n{step} train" in text
+
+    wait_for(process, is_logged, f"step {step}")
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +157,23 @@ def test_kill_9_loses_the_steps_since_the_last_checkpoint(tmp_path, references):
     saved before."""
     expected = references(**LONG)
     argv = flags(**LONG, auto_resume=True, data_root=references.data)
-    for step in (16, 37):  # killed twice
+    for step, saved in ((16, 14), (37, 35)):  # killed twice
         process = start("train_gpt2.py", *argv, cwd=tmp_path)
         wait_for_step(process, tmp_path / "log", step)
+        checkpoint = tmp_path / "log" / f"model_{saved:05d}.pt"
+        wait_for(process, checkpoint.exists, checkpoint)  # it is written while training goes on
         process.kill()
         process.communicate()
     with open(tmp_path / "log" / "log.txt", "a") as f:
         f.write("38 tra")  # as a crash in the middle of a line would leave it
     with open(tmp_path / "log" / "log.jsonl", "a") as f:
         f.write('{"kind": "tra')
+    # 35, or a later one where this process was slower than that one
+    newest = max(int(path.stem[6:]) for path in (tmp_path / "log").glob("model_*.pt"))
+    assert newest >= 35
     done = run("train_gpt2.py", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "resuming at step 35 of 60" in done.stdout
+    assert f"resuming at step {newest} of 60" in done.stdout
     assert_same_run(tmp_path / "log", expected, 60)
 
 

@@ -21,7 +21,7 @@ import pytest
 import requests
 import serving
 from conftest import ROOT, command, environment
-from serving import LONG, WAIT, Server, in_background, run_server
+from serving import LONG, START, WAIT, Server, in_background, run_server
 
 import serve
 from gptlib.common import UserError
@@ -58,13 +58,13 @@ def test_the_manuals_commands_work_as_they_stand(home):
             def healthy(port=port):
                 with contextlib.suppress(requests.ConnectionError):
                     return (
-                        requests.get(f"http://127.0.0.1:{port}/health", timeout=WAIT).json()[
+                        requests.get(f"http://127.0.0.1:{port}/health", timeout=START).json()[
                             "status"
                         ]
                         == "healthy"
                     )
 
-            Server.until(healthy)
+            Server.until(healthy, START)
         found = subprocess.run(["bash", "-c", curl], capture_output=True, timeout=WAIT)
         answer = json.loads(found.stdout)
         assert answer["prompt"] == "The future of AI is"
@@ -191,19 +191,21 @@ def test_gunicorn_serves_and_drains(home):
         long = server.post(stream=True, prompt="abc", max_length=LONG)
         lines = long.iter_lines()
         assert next(lines)
-        assert server.metric("gpt2_slots_in_use") == 1
+        server.until(lambda: server.metric("gpt2_slots_in_use") == 1)
         long.close()
         server.idle()
+        prompt_tokens = server.metric("gpt2_prompt_tokens_total")
         with pytest.raises(
             requests.Timeout
         ):  # not a stream: it hangs up before there is anything to read
             requests.post(
                 f"{server.url}/generate", json=dict(prompt="abc", max_length=LONG), timeout=0.5
             )
+        server.until(lambda: server.metric("gpt2_prompt_tokens_total") == prompt_tokens + 3)
         server.idle()
         assert server.post(data="x" * 2 * 10**6).status_code == 413
         running = in_background(server.post, prompt="abc", max_length=2000)
-        server.until(lambda: server.metric("gpt2_slots_in_use") == 1)
+        server.until(lambda: server.metric("gpt2_prompt_tokens_total") == prompt_tokens + 6)
         assert server.stop() == 0
         assert running.result(WAIT).json()["tokens_generated"] == 2000
 
@@ -247,7 +249,7 @@ def test_errors_of_the_command_are_one_line(home, server):
             env=environment(),
             text=True,
             capture_output=True,
-            timeout=WAIT,
+            timeout=START,
         )
         assert found.returncode == 1
         assert message in found.stderr

@@ -49,14 +49,14 @@ def test_health_says_that_the_weights_are_in_8_bits(home):
     with run_server(home, QUANTIZE="int8") as server:
         server.ready()
         assert server.get("/health").json()["quantize"] == "int8"
-        assert "serving model_40000: " in server.log()
-        assert server.log().strip().endswith(", int8")
+        server.wait_for(r"serving model_40000: .*, int8\n")  # the line follows the state
         assert server.post(prompt="abc", max_length=7).json()["tokens_generated"] == 7
 
 
 @pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no packed kernels")
 def test_packed_weights_are_held_once():
     """Guards against a server that keeps the layers it has packed, 3 GB of GPT-2 XL's."""
+    torch.manual_seed(0)
     model = GPT(serving.CONFIG).to(torch.bfloat16).requires_grad_(False)
     weights = [weakref.ref(block.mlp.c_fc.weight) for block in model.transformer.h]
     loaded = [types.SimpleNamespace(
@@ -69,7 +69,9 @@ def test_packed_weights_are_held_once():
         Server.until(lambda: service.status != "loading")
         assert service.status == "healthy"
         assert [weight() for weight in weights] == [None] * len(weights)
-        job = service.submit([[1, 2, 3]], "prompt", [], lambda: False, max_length=5)
+        # greedy: a random token would be the last one, <|endoftext|>, at times
+        job = service.submit(
+            [[1, 2, 3]], "prompt", [], lambda: False, max_length=5, temperature=0)
         assert len([piece for piece in job.pieces() if piece[1] is not None]) >= 1
         assert len(job.requests[0].tokens) == 5
         job.close()
@@ -126,7 +128,8 @@ def test_a_short_request_does_not_wait_for_a_long_one(server):
     next(lines)
     for _ in range(3):
         assert server.post(prompt="short", max_length=5).json()["tokens_generated"] == 5
-    assert server.metric("gpt2_slots_in_use") == 1
+    # it gives up its slot for a moment whenever its context is full
+    server.until(lambda: server.metric("gpt2_slots_in_use") == 1)
     assert next(lines) is not None
     long.close()
     server.idle()
@@ -203,17 +206,19 @@ def faulty(home):
 def test_a_failing_request_leaves_the_others_alone(faulty, model):
     """Guards against one bad request that ends its neighbours, or an answer that leaks details."""
     expected = generate_text(model, "good", max_length=50, temperature=0, top_k=None)
+    before = faulty.metric("gpt2_prompt_tokens_total")
     others = [
         in_background(faulty.post, prompt="good", max_length=50, temperature=0) for _ in range(3)
     ]
-    faulty.until(lambda: faulty.metric("gpt2_slots_in_use") == 3)
+    # three prompts of four tokens: all are accepted, and get their slots before what comes later
+    faulty.until(lambda: faulty.metric("gpt2_prompt_tokens_total") == before + 12)
     for stream in (False, True):
         bad = faulty.post(prompt="bad \x01", stream=stream)
         assert bad.status_code == 500
         assert "secret" not in bad.text
         assert "Traceback" not in bad.text
     assert [o.result(WAIT).json()["generated_text"] for o in others] == [expected] * 3
-    assert "secret: no memory for this prompt" in faulty.log()
+    faulty.wait_for("secret: no memory for this prompt")
     assert faulty.metric("gpt2_sequences_total", finish_reason="error") >= 2
 
 
@@ -254,8 +259,8 @@ def test_a_disconnected_client_frees_its_slot(faulty, stream):
     faulty.idle()
     tokens = faulty.metric("gpt2_generated_tokens_total") - before
     assert (
-        tokens <= received.count(b"data: ") + 25
-    )  # of 50,000; half a second's worth, for a machine that is busy
+        tokens <= received.count(b"data: ") + 100
+    )  # of 50,000; two seconds' worth, for a machine that is busy
 
 
 def test_an_unfinished_request_gets_504_at_its_deadline(faulty):
@@ -272,12 +277,17 @@ def test_an_unfinished_request_gets_504_at_its_deadline(faulty):
     faulty.idle()
 
 
-def test_sigterm_finishes_the_requests_in_flight(home):
+def test_sigterm_finishes_the_requests_in_flight(home, tmp_path):
     """Guards against requests lost at shutdown, and requests taken before the model is loaded."""
-    code = (
-        FAULTS + "load = serve.load_for_sampling\n"
-        "serve.load_for_sampling = lambda *a, **k: (time.sleep(1), load(*a, **k))[1]"
-    )
+    may_load = tmp_path / "may_load"
+    code = FAULTS + f"""
+from pathlib import Path
+load = serve.load_for_sampling
+def load_when_told(*args, **settings):
+    while not Path({str(may_load)!r}).exists(): time.sleep(0.02)
+    return load(*args, **settings)
+serve.load_for_sampling = load_when_told
+"""
     with run_server(home, code, SLOTS="1") as server:
         health = server.get("/health")
         assert health.status_code == 503
@@ -285,9 +295,11 @@ def test_sigterm_finishes_the_requests_in_flight(home):
         assert server.post(prompt="early").status_code == 503
         assert "Retry-After" in server.post(prompt="early").headers
         assert server.get("/").status_code == 200
+        may_load.touch()
         server.ready()
-        running = in_background(server.post, prompt="abc", max_length=100)
-        streamed = server.post(stream=True, prompt="abc", max_length=50)  # once it has the only slot
+        running = in_background(server.post, prompt="abc", max_length=50)
+        # returns once it has the only slot, for three seconds
+        streamed = server.post(stream=True, prompt="abc", max_length=150)
         waiting = in_background(server.post, prompt="abc", max_length=3)
         # three prompts of three tokens: all are accepted, in whatever order they came
         server.until(lambda: server.metric("gpt2_prompt_tokens_total") == 9)
@@ -297,8 +309,8 @@ def test_sigterm_finishes_the_requests_in_flight(home):
         assert late.status_code == 503
         assert "draining" in late.json()["error"]["message"]
         assert "Retry-After" in late.headers
-        assert events(streamed)[-1]["tokens_generated"] == 50
-        assert running.result(WAIT).json()["tokens_generated"] == 100
+        assert events(streamed)[-1]["tokens_generated"] == 150
+        assert running.result(WAIT).json()["tokens_generated"] == 50
         assert waiting.result(WAIT).json()["tokens_generated"] == 3
         assert exited.result(WAIT) == 0
         with pytest.raises(requests.ConnectionError):

@@ -111,13 +111,19 @@ def figures(log_dir, *names):
     return found
 
 
-def assert_same_course(root, run, reference, first_step=0, rel=2e-5):
-    """Loss, gradient norm, validation and HellaSwag of each step from first_step on."""
+def assert_same_course(root, run, reference, first_step=0, rel=2e-5, other_choices=0):
+    """Loss, gradient norm, validation and HellaSwag of each step from first_step on.
+
+    other_choices: of how many of HellaSwag's questions rounding may change the answer.
+    """
     names = ("loss", "norm", "acc", "acc_norm")
     ours, theirs = figures(root / run, *names), figures(root / reference, *names)
     theirs = {key: value for key, value in theirs.items() if key[0] > first_step or key in ours}
     assert min(step for step, _, _ in ours) == first_step
-    assert ours == pytest.approx(theirs, rel=rel, abs=1e-5)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        absolute = other_choices / BASE["hellaswag_examples"] if key[1] == "hella" else 0
+        assert value == pytest.approx(theirs[key], rel=rel, abs=absolute + 1e-5), key
 
 
 # -----------------------------------------------------------------------------
@@ -150,14 +156,14 @@ def test_muon_of_several_processes_equals_one(root, run):
 
 def test_sharded_bfloat16_follows_one_process(root):
     """Sharded weights that are kept in bfloat16 lose the small updates; autocast keeps float32."""
-    assert_same_course(root, "half", "half_one", rel=2e-2)
+    assert_same_course(root, "half", "half_one", rel=2e-2, other_choices=2)
     state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
 
 
 def test_sharded_float16_skips_the_same_steps(root):
     """A rank that finds no overflow in its own rows goes on with another scale than the others."""
-    assert_same_course(root, "scaled", "scaled_one", rel=2e-2)
+    assert_same_course(root, "scaled", "scaled_one", rel=2e-2, other_choices=2)
     states = [torch.load(root / name / "model_00006.pt", weights_only=True)
               for name in ("scaled", "scaled_one")]
     assert states[0]["scaler"] == states[1]["scaler"]

@@ -39,7 +39,7 @@ def test_gpt2_on_real_text(gpt2):
 
 
 @example(text=NO_SURROGATES)
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(text=st.text(st.sampled_from(" \n\t'sab1中の々ーカ\u0301")
                     | st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_bpe_round_trip(bpe, text):
