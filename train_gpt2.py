@@ -273,12 +273,8 @@ class GPT(nn.Module):
             config.dropout = dropout
         with skip_init():
             model = cls(config)
-        is_meta = model.lm_head.weight.is_meta  # without memory: the tensors become its weights
-        if is_meta:
-            state = {k: v.float().contiguous() for k, v in state.items()}
         try:
-            model.load_state_dict(state, assign=is_meta)
-            model.transformer.wte.weight = model.lm_head.weight
+            model.load_state_dict(state)
         except RuntimeError as e:
             reason = str(e).splitlines()[1].strip()[:200]
             raise UserError(f"the checkpoint's weights do not fit its config: {reason}") from e

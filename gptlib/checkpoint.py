@@ -17,12 +17,11 @@ from gptlib.checkpoint_directory import (fill_checkpoint, identity_of_directory,
                                          remove_directory)
 from gptlib.checkpoint_file import PickledConfig, directory_identity, read_checkpoint_file
 from gptlib.common import UserError, atomic_write
-from gptlib.huggingface import load_hugging_face
+from gptlib.huggingface import identity_of_hugging_face, load_hugging_face, locate_model
 from gptlib.parallel import whole
 from gptlib.runtime import any_rank, share_from_rank0
 
 CHECKPOINT_VERSION = 1
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MODEL_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")
 TRAINING_STATE = ("train_config", "position", "optimizer")
@@ -136,9 +135,9 @@ def load_any_format(path, mmap, model_only):
     choices."""
     if is_checkpoint_directory(path):
         return fill_checkpoint(read_checkpoint_directory(path), model_only)
-    if str(path) in GPT2_NAMES or Path(path).is_dir():
+    path = Path(locate_model(path))
+    if path.is_dir():
         return load_hugging_face(str(path))
-    path = Path(path)
     if not path.is_file():
         others = ", ".join(str(other) for other in list_checkpoints(path.parent)[:5])
         raise UserError(f"no checkpoint {str(path)!r}; checkpoints beside it: {others or 'none'}")
@@ -237,6 +236,8 @@ def identify(path):
     """
     if is_checkpoint_directory(path):
         return identity_of_directory(path)
+    if Path(path).is_dir():
+        return identity_of_hugging_face(path)
     return directory_identity(path)
 
 
@@ -257,14 +258,15 @@ def load_training_state(path, verify=True):
 def load_weights(init_from, verify=True):
     """The Offer of a model to start from: a checkpoint file, a Hugging Face directory or a GPT-2
     name."""
-    identity = identify(init_from)
-    if is_checkpoint_directory(init_from):
-        checkpoint = read_checkpoint_directory(init_from, verify)
+    path = locate_model(init_from)
+    identity = identify(path)
+    if is_checkpoint_directory(path):
+        checkpoint = read_checkpoint_directory(path, verify)
     else:
-        checkpoint = load_checkpoint(init_from, mmap=CAN_MAP)
+        checkpoint = load_checkpoint(path, mmap=CAN_MAP)
     names = ("model", "config", "tokenizer", "directory")
     checkpoint = {name: checkpoint[name] for name in names if name in checkpoint}
-    return Offer(str(init_from), identity, True, "directory" in checkpoint, checkpoint)
+    return Offer(str(path), identity, True, "directory" in checkpoint, checkpoint)
 
 
 def share_offer(offer, world):

@@ -7,20 +7,49 @@ import torch
 from gptlib.common import UserError, atomic_directory, first_line
 from gptlib.tokenizer import export_tokenizer, find_tokenizer
 
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Hugging Face keeps these as Conv1D, the transpose of nn.Linear
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # transformers' names of activations, and the `approximate` of torch's GELU that computes the same
 GELU_OF = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
 
 
-def load_hugging_face(name):
-    """GPT-2 from the Hugging Face Hub or from a local directory, as load_checkpoint returns it.
+def locate_model(path):
+    """The path itself, but for one of GPT2_NAMES: that is downloaded into Hugging Face's cache,
+    unless it is there, and the result is its directory.
 
-    Raises UserError where it can't be loaded, or where its config computes something else than
-    GPT-2.
+    Raises UserError where it can't be downloaded.
     """
-    hf = load_transformers_model(name)
-    check_plain_gpt2(name, hf.config)
+    name = str(path)
+    if name not in GPT2_NAMES or Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    silence_transformers()
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
+    except Exception as error:  # no network
+        raise not_loaded(name, error) from error
+
+
+def identity_of_hugging_face(directory):
+    """Equal where two processes see the same files, on one host or on a disk that hosts share.
+
+    Copies on separate disks differ: the files come without checksums, and comparing what is in
+    them would take reading all of it.
+    """
+    files = [path.stat() for path in sorted(Path(directory).iterdir()) if path.is_file()]
+    return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
+
+
+def load_hugging_face(directory):
+    """The GPT-2 of a Hugging Face directory, as load_checkpoint returns it.
+
+    transformers maps the files, whether one or several: a tensor, transposed or not, is read from
+    disk when it is used. Raises UserError where the model can't be loaded, or where its config
+    computes something else than GPT-2.
+    """
+    hf = load_transformers_model(directory)
+    check_plain_gpt2(directory, hf.config)
     state = {}
     for key, tensor in hf.state_dict().items():
         state[key] = tensor.t() if key.endswith(TRANSPOSED) else tensor
@@ -32,22 +61,25 @@ def load_hugging_face(name):
         "n_embd": hf.config.n_embd,
         "gelu": GELU_OF[hf.config.activation_function],
     }
-    tokenizer = find_tokenizer(name if Path(name).is_dir() else "gpt2")
-    return {"model": state, "config": config, "tokenizer": tokenizer}
+    return {"model": state, "config": config, "tokenizer": find_tokenizer(directory)}
 
 
-def load_transformers_model(name):
+def load_transformers_model(directory):
     """transformers' own model, with all of its weights. Raises UserError in one line."""
     from transformers import GPT2LMHeadModel
     silence_transformers()
     try:
-        hf, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
-    except Exception as error:  # no network, no weights, truncated or hostile files
-        raise UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(error)}") from error
+        hf, info = GPT2LMHeadModel.from_pretrained(directory, output_loading_info=True)
+    except Exception as error:  # no weights, truncated or hostile files
+        raise not_loaded(directory, error) from error
     if info["missing_keys"]:
         first_missing = sorted(info["missing_keys"])[0]
-        raise UserError(f"{name!r} is no GPT-2: its weights lack {first_missing}")
+        raise UserError(f"{directory!r} is no GPT-2: its weights lack {first_missing}")
     return hf
+
+
+def not_loaded(name, error):
+    return UserError(f"no GPT-2 model {name!r} could be loaded: {first_line(error)}")
 
 
 def silence_transformers():

@@ -9,6 +9,7 @@ loop calls the functions below and is the same for all three.
 import ctypes
 import math
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def create_on(device, cfg, world, create_model, directory=None):
 
     A sharded model is never whole in memory. It is made on the meta device, which has shapes and
     no numbers. Random weights are drawn one tensor at a time, in the order of an unsharded model,
-    and each rank keeps its rows; weights of a checkpoint are mapped, or lie in a checkpoint
+    and each rank keeps its rows; weights to start from are mapped, or lie in a checkpoint
     directory, and each rank reads its rows.
     """
     if not cfg.shard:
@@ -41,7 +42,9 @@ def create_on(device, cfg, world, create_model, directory=None):
         return model
     return_freed_memory(device)
     mesh = shard_mesh(device, world, cfg.shard_ranks)
-    with torch.device("meta"), KeepOwnRows(mesh) as initial:
+    with torch.device("meta"), KeepOwnRows(mesh) as initial, warnings.catch_warnings():
+        # load_state_dict warns that copies to the meta device are lost: KeepOwnRows sees them
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         model = create_model()
     rows = {name: initial.rows.get(p) for name, p in model.named_parameters()}
     recompute_blocks(model, cfg)
@@ -52,12 +55,11 @@ def create_on(device, cfg, world, create_model, directory=None):
     # what no block has taken.
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")  # evaluation and sampling call it directly
-    if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=device)
-        if directory:
-            read_tensors(directory, {f"model.{name}": p for name, p in model.named_parameters()})
-        else:
-            fill_parameters(model, rows)
+    model.to_empty(device=device)
+    if directory:
+        read_tensors(directory, {f"model.{name}": p for name, p in model.named_parameters()})
+    else:
+        fill_parameters(model, rows)
     return model
 
 
@@ -157,11 +159,12 @@ def compile_blocks(model, cfg, device):
 
 
 class KeepOwnRows(TorchFunctionMode):
-    """A context in which a module made on the meta device gets its initial weights, of which this
-    rank keeps its rows.
+    """A context in which a module made on the meta device gets its initial weights, random or
+    loaded, of which this rank keeps its rows.
 
-    The numbers are those of an unsharded model of the same seed: the functions of torch.nn.init
-    run on whole tensors in CPU memory, one after the other, in the same order.
+    Random numbers are those of an unsharded model of the same seed: the functions of torch.nn.init
+    run on whole tensors in CPU memory, one after the other, in the same order. The rows of a
+    tensor that load_state_dict copies are a view of it: where it is mapped, nothing is read yet.
 
     rows: {parameter: this rank's rows}
     """
@@ -172,6 +175,9 @@ class KeepOwnRows(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is torch.Tensor.copy_ and args[0].is_meta:
+            self.rows[args[0]] = own_rows(args[1], self.mesh)
+            return args[0]
         # nn.init.zeros_ and ones_ are seen as the methods of the tensor that they call
         is_init = getattr(function, "__module__", "") == "torch.nn.init"
         if not is_init and function not in (torch.Tensor.zero_, torch.Tensor.fill_):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import conftest  # noqa: F401 - it puts the repository on the path
@@ -355,16 +356,17 @@ def resident(name):
 
 
 class PeakMemory:
-    """The most bytes that this process has allocated inside of the context, beyond `before`; pages
-    of mapped files do not count."""
+    """The most bytes that this process has allocated inside of the context, beyond `before`, or
+    what there was when it began; pages of mapped files do not count."""
 
-    def __init__(self, before):
+    def __init__(self, before=None):
         self.before = before
 
     def __enter__(self):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self.peak = anonymous_memory()
+        self.before = self.before or self.peak
         self.running = True
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
@@ -399,7 +401,7 @@ def memory_of_a_start(world, folder):
     # three ranks, and its own beside.
     share = 12 * n / world.size
     for step, as_directory in ((1, False), (2, True)):
-        with (PeakMemory(anonymous_memory()) as memory,
+        with (PeakMemory() as memory,
               BackgroundSaver(folder, 0, world, as_directory) as saver):
             saver.save(state_of(model, optimizers, config, step), wait=True)
     found = memory.peak / share
@@ -425,6 +427,40 @@ def start_from(path, cfg, world):
     optimizers = configure_optimizers(model, cfg, CPU, world)
     restore_training_state(checkpoint, optimizers, None)
     return checkpoint, model, optimizers
+
+
+def memory_of_hugging_face(world, folder):
+    """From one file of Hugging Face's and from several, a rank takes the memory of its share."""
+    if world.rank == 0:
+        write_hugging_face(folder / "tiny", "1GB", n_embd=12)
+        write_hugging_face(folder / "one", "1GB", n_embd=768)
+        write_hugging_face(folder / "several", "50MB", n_embd=768)
+    dist.barrier()
+    start_from_hugging_face(folder / "tiny", world)  # loads transformers
+    for name, files in (("one", 1), ("several", 4)):
+        expect(len(list(folder.glob(f"{name}/*.safetensors"))) == files, os.listdir(folder / name))
+        with PeakMemory() as memory:
+            model = start_from_hugging_face(folder / name, world)
+        # A rank that reads all of it has four shares: those of the three ranks, and its own.
+        share = 4 * sum(p.numel() for p in model.parameters()) / world.size
+        found = memory.peak / share
+        print(f"rank {world.rank}: {name} takes {found:.2f} shares", file=sys.stderr)
+        expect(0.9 < found < 1.5, f"{name}: {memory.peak / 2**20:.0f} MiB, {found:.2f} shares")
+        del model
+
+
+def write_hugging_face(path, max_shard_size, n_embd):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_layer=6, n_embd=n_embd))
+    hf.save_pretrained(path, max_shard_size=max_shard_size)
+
+
+def start_from_hugging_face(path, world):
+    checkpoint = load_initial_checkpoint(dict(init_from=str(path), shard=True), world)
+    cfg = TrainConfig(shard=True, compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint))
 
 
 def run_checks(out, names):

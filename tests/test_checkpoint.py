@@ -438,6 +438,45 @@ def test_weights_to_start_from_on_two_ranks(tmp_path, two_folders, sees_file):
         assert_same_nest(checkpoint, expected)
 
 
+def write_hugging_face(path, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**SIZES))
+    model.save_pretrained(path)
+    return model
+
+
+def assert_started_from(model, loaded):
+    for checkpoint in loaded:
+        assert checkpoint["tokenizer"] == {"name": "gpt2"}
+        assert_same_nest(checkpoint["model"], dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("other", ["the same", "nothing", "another"])
+def test_hugging_face_weights_on_two_ranks(tmp_path, two_folders, other):
+    """A rank that is sent what it could map, or that starts from another model, which its own host
+    has under the same name."""
+    model = write_hugging_face(two_folders[0] / "hf")
+    if other == "another":
+        write_hugging_face(two_folders[1] / "hf", seed=1)
+    folders = [two_folders[0], two_folders[0 if other == "the same" else 1]]
+    loaded, was_sent = load_on_two_ranks(tmp_path, dict(init_from="hf"), folders)
+    assert was_sent == (other != "the same")
+    assert_started_from(model, loaded)
+
+
+def test_a_downloaded_gpt2_is_mapped_on_two_ranks(tmp_path, two_folders, monkeypatch):
+    """A name that only rank 0 can turn into files: the others would receive all of gpt2-xl."""
+    repository = tmp_path / "home" / "hub" / "models--gpt2"
+    model = write_hugging_face(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded, was_sent = load_on_two_ranks(tmp_path, dict(init_from="gpt2"), two_folders)
+    assert not was_sent
+    assert_started_from(model, loaded)
+
+
 def test_nothing_to_resume_on_two_ranks(tmp_path, two_folders):
     """The first start with --auto_resume finds nothing: every rank starts from scratch."""
     loaded, was_sent = load_on_two_ranks(tmp_path, RESUME, [two_folders[1], two_folders[1]])

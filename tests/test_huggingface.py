@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -36,14 +37,19 @@ GELU = {"tanh": "gelu_new", "none": "gelu"}
 @pytest.mark.parametrize("name, n_layer, n_head, n_embd, parameters", [  # as published with the weights
     ("gpt2", 12, 12, 768, 124_439_808), ("gpt2-medium", 24, 16, 1024, 354_823_168),
     ("gpt2-large", 36, 20, 1280, 774_030_080), ("gpt2-xl", 48, 25, 1600, 1_557_611_200)])
-def test_the_four_sizes(monkeypatch, name, n_layer, n_head, n_embd, parameters):
+def test_the_four_sizes(monkeypatch, tmp_path, name, n_layer, n_head, n_embd, parameters):
     """Names, shapes and counts of every tensor, on the meta device: no size takes memory."""
-    def from_pretrained(asked, **options):
+    def snapshot_download(asked, **options):
         assert asked == name
+        return str(tmp_path)
+
+    def from_pretrained(asked, **options):
+        assert asked == str(tmp_path)
         hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
         assert hf.num_parameters() == parameters
         return hf, {"missing_keys": set()}
 
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", from_pretrained)
     with torch.device("meta"):
         model = GPT.from_pretrained(name)

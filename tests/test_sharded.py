@@ -20,19 +20,23 @@ from gptlib.checkpoint import choose_initial_checkpoint, load_checkpoint
 from gptlib.checkpoint_directory import SafeReader
 from gptlib.common import UserError
 from gptlib.memory import estimate_memory, model_sizes
+from gptlib.tokenizer import export_tokenizer, load_tokenizer
 from inference import load_for_sampling
+from interop_helpers import hugging_face
 from sharded_checks import MEASURED, measured_settings
 from sharded_runs import run_all
 from train_gpt2 import GPT
 
 CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights", "compiled_blocks",
-          "one_batch_size", "training_goes_on", "full_disk", "separate_disks", "memory_of_a_start"]
+          "one_batch_size", "training_goes_on", "full_disk", "separate_disks", "memory_of_a_start",
+          "memory_of_hugging_face"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
 BASE = {**TINY, "n_layer": 3, "total_batch_size": 320, "batch_size": 3, "max_steps": 6,
         "checkpoint_interval": 2, "keep_checkpoints": 0, "hellaswag_examples": 20}
 MUON = {"optimizer": "muon"}
+HUGGING_FACE = ["hf_one_file", "hf_several", "hf_pickle", "hf_half"]
 
 
 def torchrun(nproc, script, *args, cwd):
@@ -53,6 +57,18 @@ def write_hellaswag(path):
             f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
 
 
+def write_hugging_face(root, tokenizer):
+    """A GPT-2 of transformers' in the directories of HUGGING_FACE."""
+    hf = hugging_face(257, n_layer=3, block_size=32)
+    hf.transformer.save_pretrained(root / "hf_one_file")  # names without "transformer.", as gpt2's
+    hf.save_pretrained(root / "hf_several", max_shard_size="20KB")
+    hf.config.save_pretrained(root / "hf_pickle")
+    torch.save(hf.state_dict(), root / "hf_pickle" / "pytorch_model.bin")
+    hf.to(torch.bfloat16).save_pretrained(root / "hf_half")
+    for name in HUGGING_FACE:
+        export_tokenizer(tokenizer, root / name, 32)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, one_thread):
     """A folder with the logs of all runs, each named in the dicts below; those of one process run
@@ -61,6 +77,7 @@ def root(tmp_path_factory, one_thread):
     base = {**BASE, "hellaswag_data": str(root / "hella.jsonl"), "data_root": str(root / "data")}
     write_dataset(root / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
     write_hellaswag(root / "hella.jsonl")
+    write_hugging_face(root, load_tokenizer(root / "data"))
 
     def train(nproc, **runs):
         named = [{**base, "log_dir": name, **run} for name, run in runs.items()]
@@ -84,7 +101,9 @@ def root(tmp_path_factory, one_thread):
           scaled=dict(shard=True, dtype="float16", **MUON),
           searched=dict(shard=True, max_steps=1, batch_size=0),
           one_row=dict(shard=True, max_steps=1, val_tokens=base["block_size"]),
-          started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"))
+          started=dict(shard=True, max_steps=1, init_from="two_muon/model_00004.pt"),
+          **{f"from_{name}": dict(shard=True, max_steps=1, max_lr=0.0, init_from=name)
+             for name in HUGGING_FACE})
     train(4,
           four_adamw=dict(shard=True, shard_ranks=2, recompute=True, recompute_every=2),
           four_muon=dict(shard=True, reduce_each=True, **MUON),
@@ -176,6 +195,17 @@ def test_a_run_goes_on_in_another_layout(root, run, reference, step):
     """A moment, a position or a random state that is lost where the number of ranks, the layout
     or the kind of checkpoint changes."""
     assert_same_course(root, run, reference, first_step=step, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_sharded_run_starts_from_hugging_face(root, name):
+    """Rows of a matrix that should have been transposed, of another file, or half of a tie. The
+    only step has a learning rate of 0, so that the weights saved are those of the start."""
+    ours = torch.load(root / f"from_{name}" / "model_00001.pt", weights_only=True)["model"]
+    theirs = load_checkpoint(root / name)["model"]
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("check", CHECKS)
