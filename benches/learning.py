@@ -18,7 +18,7 @@ import torch
 
 from benches.turns import ROOT, last_lines, take_turns
 from gptlib.common import UserError, atomic_write, log
-from gptlib.runtime import prepare_device, resolve_device, resolve_dtype
+from gptlib.runtime import prepare_attention, prepare_device, resolve_device, resolve_dtype
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 OPTIMIZERS = ("adamw", "muon")
@@ -241,6 +241,7 @@ def time_steps(size, rounds):
     def contender(optimizer):
         cfg = TrainConfig(**run_settings(size, optimizer, 1e-3, 1, 0))
         B, T = cfg.batch_size, cfg.block_size
+        prepare_attention(device, dtype, T)
         model = GPT(GPTConfig(T, 2048, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
         optimizers = configure_optimizers(model, cfg, device)
         x, y = torch.randint(2048, (2, B, T), device=device)

@@ -210,7 +210,7 @@ class Offer:
     """The checkpoint that rank 0 chose, and what another rank needs to recognize the same file."""
 
     path: str
-    identity: tuple | None  # of directory_identity; None where the file can't be recognized
+    identity: tuple | None  # of identify(); None where the files can't be recognized
     weights_only: bool  # only the start of a new run, not resumed
     is_directory: bool  # a directory, whose tensors are still to be read
     checkpoint: dict | None

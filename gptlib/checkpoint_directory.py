@@ -16,6 +16,7 @@ import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from enum import EnumMeta
 from pathlib import Path
 
 import torch
@@ -249,10 +250,19 @@ class MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):
+            return member_of_enum
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name} to be run, which is refused")
+
+
+def member_of_enum(enum, name):
+    """What is allowed of getattr, as which Python 3.11.2 pickles the members of an enum."""
+    if isinstance(enum, EnumMeta) and name in enum.__members__:
+        return enum[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum}, which is refused")
 
 
 # -----------------------------------------------------------------------------

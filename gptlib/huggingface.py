@@ -37,7 +37,10 @@ def identity_of_hugging_face(directory):
     Copies on separate disks differ: the files come without checksums, and comparing what is in
     them would take reading all of it.
     """
-    files = [path.stat() for path in sorted(Path(directory).iterdir()) if path.is_file()]
+    try:
+        files = [path.stat() for path in sorted(Path(directory).iterdir()) if path.is_file()]
+    except OSError:
+        return None  # not known: whoever loads the model reports the error
     return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
 
 

@@ -125,8 +125,8 @@ def optimizer_bytes(sizes, name, share):
     """Bytes of the optimizer's state on a rank, and of what its step needs besides."""
     if name == "adamw":  # two moments; the step is fused
         return 8 * sizes.total // share, 0
-    # one momentum for each hidden matrix; in 16 bits the directions and updates of all, and of
-    # those of one shape, a third, what their iteration needs
+    # one momentum for each hidden matrix; in 16 bits the directions and updates of all, and three
+    # tensors for the batch of one shape, a third of the elements
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
     if share == 1:
         return state, 6 * sizes.hidden

@@ -56,7 +56,7 @@ class Muon(torch.optim.Muon):
             gradient = self._unless_bad(local(gradient), momentum)
             momentum.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-            # Newton-Schulz computes in no more than that in most places, and half as much travels
+            # half of what float32 would be to send; most devices iterate in it anyway
             directions.append(direction.bfloat16())
         updates = self._orthogonalize(params, directions, group)
         for p, update in zip(params, updates, strict=True):
@@ -125,11 +125,12 @@ def orthogonalize(matrices, group):
 def newton_schulz(stack, group):
     """torch.optim.Muon's quintic iteration for a stack (N, rows, columns) of bfloat16 matrices.
 
-    It computes in what the device multiplies fast: a CPU without instructions for bfloat16 takes
-    twenty times as long with it as with float32.
+    It computes in bfloat16 where the hardware has it, else in float32: a CPU without such
+    instructions takes twenty times as long in bfloat16.
     """
     a, b, c = group["ns_coefficients"]
-    X = stack.to(resolve_dtype("auto", stack.device))
+    has_bfloat16 = resolve_dtype("auto", stack.device) == torch.bfloat16
+    X = stack if has_bfloat16 else stack.float()
     is_tall = X.size(1) > X.size(2)
     if is_tall:
         X = X.mT

@@ -227,13 +227,17 @@ def prepare_device(device, deterministic=False):
 
 
 def prepare_attention(device, dtype, block_size):
-    """On a CPU, have short contexts in bfloat16 multiply whole matrices of scores.
+    """On a CPU, have short contexts in bfloat16 multiply whole matrices of scores; for the whole
+    process, until the next call.
 
     torch's flash attention is made for long ones: without it a step of the demo takes an eighth
-    less time. What it would save in memory is little here.
+    less time. The scores are rounded to bfloat16 before the softmax, and take memory.
     """
-    is_short = device.type == "cpu" and dtype == torch.bfloat16 and block_size <= 128
+    if device.type != "cpu":
+        return
+    is_short = dtype == resolve_dtype("auto", device) == torch.bfloat16 and block_size <= 128
     torch.backends.cuda.enable_flash_sdp(not is_short)  # in spite of its name for a CPU as well
+    # without a detour through float32
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(is_short)
 
 

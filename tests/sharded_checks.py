@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gptlib import checkpoint_directory, muon
 from gptlib.batch_size import planned_batch_size
@@ -119,6 +119,18 @@ def initial_weights(world, folder):
     torch.manual_seed(3)
     for name, expected in GPT(config).state_dict().items():
         expect(torch.equal(state[name], expected), name)
+
+
+def blocks_give_their_weights_back(world, folder):
+    """After the forward pass of a training step each rank has its rows alone again, but for what
+    lies outside of the blocks, which the backward pass needs first."""
+    model, cfg, config = model_of(world)
+    train_with(model, cfg, CPU, world)
+    idx = torch.zeros(1, config.block_size, dtype=torch.int64)
+    _, loss = model(idx, idx, return_logits=False)
+    names = [n for n, p in model.transformer.h.named_parameters() if not isinstance(p, DTensor)]
+    expect(names == [], f"whole: {names}")
+    loss.backward()
 
 
 def compiled_blocks(world, folder):

@@ -21,6 +21,7 @@ import fineweb
 import inference
 import train_gpt2
 from gptlib.common import UserError
+from gptlib.huggingface import identity_of_hugging_face
 from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict
 from inference import generate_text, load_model_from_checkpoint
 from gptlib.checkpoint import load_checkpoint
@@ -218,6 +219,11 @@ def test_a_shorter_context_of_a_hugging_face_directory(tmp_path):
 
 # -----------------------------------------------------------------------------
 # the way out, from the command line
+
+
+def test_a_directory_that_cannot_be_listed_has_no_identity(tmp_path):
+    """Guards against a traceback on one rank, for which the others then wait."""
+    assert identity_of_hugging_face(tmp_path / "gone") is None
 
 
 def test_export_from_the_command_line(bpe, checkpoint, tmp_path, monkeypatch):

@@ -88,11 +88,16 @@ def test_a_cpu_is_deterministic_with_warnings(settings_of_torch, deterministic):
     assert settings_of_torch == dict(enabled=True, warn_only=True)
 
 
-@pytest.mark.parametrize("dtype, block_size, is_flash", [
-    (torch.bfloat16, 128, False), (torch.bfloat16, 256, True), (torch.float32, 128, True)])
-def test_attention_of_short_contexts_multiplies_matrices(dtype, block_size, is_flash):
-    """Guards against steps of the demo that take an eighth longer, and against the memory of whole
-    score matrices where contexts are long."""
+@pytest.mark.parametrize("dtype, block_size, has_bfloat16, is_flash", [
+    (torch.bfloat16, 128, True, False), (torch.bfloat16, 128, False, True),
+    (torch.bfloat16, 256, True, True), (torch.float32, 128, True, True)])
+def test_attention_of_short_contexts_multiplies_matrices(monkeypatch, dtype, block_size,
+                                                         has_bfloat16, is_flash):
+    """Guards against steps of the demo that take an eighth longer, against the memory of whole
+    score matrices where contexts are long, and against products that a CPU has no instructions
+    for."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, block_size, 16, generator=generator) for _ in range(3))
     kernels = []
