@@ -32,7 +32,7 @@ PRESETS = {
                  shuffle=True, total_batch_size=2048, batch_size=16, max_steps=1000,
                  warmup_steps=50, max_lr=8e-3, min_lr=0.0, optimizer="muon", compile=False,
                  eval_interval=250, val_tokens=131072, hellaswag_examples=0, num_samples=2,
-                 sample_prompt="def", sample_length=128, sample_temperature=0.6, log_interval=50,
+                 sample_prompt="def", sample_length=128, sample_temperature=0.5, log_interval=50,
                  checkpoint_interval=250, keep_checkpoints=2),
     # The four sizes of GPT-2. Its paper has no learning rates: these are GPT-3's, nearest in size.
     "gpt2": model_preset(12, 12, 768, 6e-4, 2**19, 64),
