@@ -422,7 +422,8 @@ def main():
     address = f"http://{host}:{server.effective_port}"
     log(f"listening on {address}, loading {settings.model_checkpoint}")
     service.start()
-    service.shutdown.wait()
+    while not service.shutdown.wait(timeout=0.5):
+        pass  # before Python 3.14, Windows handles Ctrl-C only when a wait has ended
     if service.error:
         sys.exit(1)
     log("finishing the requests in flight")

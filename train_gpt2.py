@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from fineweb import prepare
 from gptlib import scoring
-from gptlib.batch_size import choose_batch_size
+from gptlib.batch_size import choose_batch_size, memory_errors_told
 from gptlib.checkpoint import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
@@ -688,12 +688,8 @@ def main():
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files
         lock = lock_directory(cfg.log_dir) if world.rank == 0 else contextlib.nullcontext()
-        try:
-            with lock:
-                train(cfg, checkpoint, world)
-        except torch.OutOfMemoryError as e:
-            raise UserError(f"out of memory at --batch_size {cfg.batch_size}: try half of it, or 0 "
-                            "to find what fits") from e
+        with lock, memory_errors_told(cfg.batch_size):
+            train(cfg, checkpoint, world)
 
 
 if __name__ == "__main__":

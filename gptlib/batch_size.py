@@ -1,10 +1,12 @@
 """The largest micro-batch that fits into memory, for --batch_size 0."""
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
 
+from gptlib.common import UserError
 from gptlib.memory import activation_bytes, estimate_memory, logit_bytes, model_sizes
 from gptlib.runtime import preserved_rng
 
@@ -100,11 +102,30 @@ def fits(model, batch_size, block_size, device, autocast):
         del adamw_state
         return True
     except RuntimeError as e:
-        if "out of memory" not in str(e):
+        if not is_out_of_memory(e):
             raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that memory has run out: only CUDA has a class for that, an Apple
+    GPU and a CPU have none."""
+    texts = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+@contextlib.contextmanager
+def memory_errors_told(batch_size):
+    """A context in which running out of memory raises a UserError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory at --batch_size {batch_size}: try half of it, or 0 to find "
+                        "what fits") from error
 
 
 def free_host_memory():

@@ -25,6 +25,9 @@ def run_main(main):
     """Call main(). A UserError becomes one line on stderr and exit code 1, Ctrl-C becomes exit
     code 130.
     """
+    # Windows encodes what goes to a file or a pipe in cp1252: a sample with another character
+    # must not end the run.
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -147,7 +150,7 @@ def atomic_directory(path):
         tmp.mkdir(parents=True)
         yield tmp
         for file in tmp.iterdir():
-            with open(file, "rb") as f:
+            with open(file, "r+b") as f:  # Windows refuses it for a file that is open to be read
                 os.fsync(f.fileno())
         if path.exists():
             path.rmdir()

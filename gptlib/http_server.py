@@ -14,8 +14,9 @@ def listen(settings):
     try:
         return socket.create_server((settings.host, settings.port), backlog=1024, family=family)
     except OSError as e:
+        hint = " (macOS has AirPlay Receiver on port 5000)" if settings.port == 5000 else ""
         raise UserError(f"cannot listen on {settings.host} port {settings.port} ({e.strerror}): "
-                        "choose others with HOST and PORT") from e
+                        f"choose others with HOST and PORT{hint}") from e
 
 
 def json_error_channel():

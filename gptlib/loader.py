@@ -202,8 +202,11 @@ class ShardVerifier:
 
 
 def prefetch(steps, device):
-    """Yield the lists of micro-batches that `steps` yields, moved to the device by a second
-    thread, one step ahead.
+    """Yield the lists of micro-batches that `steps` yields, on the device; a second thread reads
+    them one step ahead.
+
+    On CUDA that thread copies them too. Elsewhere the caller does: two threads that use an Apple
+    GPU at the same time crash the process (https://github.com/pytorch/pytorch/issues/197805).
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -217,7 +220,7 @@ def prefetch(steps, device):
     def load():
         micro_batches = list(next(steps))
         if stream is None:
-            return [(x.to(device), y.to(device), n) for x, y, n in micro_batches]
+            return micro_batches
         with torch.cuda.stream(stream):
             return [(copy_async(x, device), copy_async(y, device), n) for x, y, n in micro_batches]
 
@@ -225,7 +228,9 @@ def prefetch(steps, device):
         ahead = thread.submit(load)
         while True:
             micro_batches = ahead.result()
-            if stream is not None:
+            if stream is None:
+                micro_batches = [(x.to(device), y.to(device), n) for x, y, n in micro_batches]
+            else:
                 hand_over(micro_batches, stream, torch.cuda.current_stream(device))
             ahead = thread.submit(load)
             yield micro_batches

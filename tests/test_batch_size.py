@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import TINY, read_log
 
-from gptlib.batch_size import find_batch_size
+from gptlib.batch_size import find_batch_size, memory_errors_told
+from gptlib.common import UserError
 from gptlib.runtime import World
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
@@ -67,6 +68,20 @@ def test_another_error_is_not_taken_for_lack_of_memory(accelerator):
     """A bug in the model is hidden, and the search ends at one sequence."""
     with pytest.raises(RuntimeError, match="device-side assert"):
         search(LimitedModel(limit=2, message="device-side assert"), accelerator)
+
+
+@pytest.mark.parametrize("message", [
+    "MPS backend out of memory (MPS allocated: 6.1 GB, max allowed: 6.8 GB)",
+    "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory: you tried "
+    "to allocate 3221225472 bytes."])
+def test_lack_of_memory_is_told_in_a_line_on_any_device(message):
+    """On an Apple GPU, and on Windows, a batch that is too large ends in a page of traceback."""
+    with pytest.raises(UserError, match="out of memory at --batch_size 64: try half of it"):
+        with memory_errors_told(64):
+            raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        with memory_errors_told(64):
+            raise RuntimeError("device-side assert")
 
 
 def test_batch_size_0_changes_nothing_but_the_batches(tmp_path, data_root):

@@ -191,6 +191,24 @@ def test_the_prefetching_thread_uses_the_gpu_of_its_rank(monkeypatch):
     assert not hasattr(current, "index")  # the thread that computes has its device already
 
 
+def test_one_thread_alone_uses_an_apple_gpu(monkeypatch):
+    """Two threads that use MPS at the same time crash the process, in the middle of training."""
+    moved_by = []
+
+    def to(tensor, device):
+        assert device == torch.device("mps")
+        moved_by.append(threading.get_ident())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    micro_batches = (iter([(torch.tensor(i), torch.tensor(i + 1), 1)]) for i in range(100))
+    steps = prefetch(micro_batches, torch.device("mps"))
+    received = [next(steps)[0][0].item() for _ in range(5)]
+    steps.close()
+    assert received == [0, 1, 2, 3, 4]
+    assert set(moved_by) == {threading.get_ident()}
+
+
 def test_a_shard_that_changed_ends_the_run(tmp_path):
     """Guards against training on a shard whose bytes changed on the disk, without a word."""
     root = write_dataset(tmp_path / "d", [np.arange(500), np.arange(500)], [np.arange(9)])

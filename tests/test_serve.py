@@ -26,6 +26,7 @@ from serving import LONG, START, WAIT, Server, in_background, run_server
 import serve
 from gptlib.common import UserError
 from gptlib.config import shown_default
+from gptlib.http_server import listen
 from serve import Settings, read_settings
 
 model, home, server = serving.model, serving.home, serving.server
@@ -254,6 +255,19 @@ def test_errors_of_the_command_are_one_line(home, server):
         assert found.returncode == 1
         assert message in found.stderr
         assert "Traceback" not in found.stderr
+
+
+def test_a_mac_that_has_taken_the_port_is_named(monkeypatch):
+    """macOS listens on port 5000 itself, and nobody who starts the server there knows of it."""
+
+    def is_taken(*args, **how):
+        raise OSError(48, "Address already in use")
+
+    monkeypatch.setattr(socket, "create_server", is_taken)
+    with pytest.raises(UserError, match="with HOST and PORT .macOS has AirPlay Receiver on port"):
+        listen(Settings())
+    with pytest.raises(UserError, match="with HOST and PORT$"):
+        listen(Settings(port=5001))
 
 
 def test_importing_it_starts_nothing():

@@ -6,6 +6,7 @@ python -m pytest tests/test_service.py
 import http.client
 import json
 import re
+import signal
 import socket
 import time
 import types
@@ -275,6 +276,30 @@ def test_an_unfinished_request_gets_504_at_its_deadline(faulty):
     assert "REQUEST_TIMEOUT" in waiting.result().json()["error"]["message"]
     assert time.monotonic() - started >= 6
     faulty.idle()
+
+
+# A signal goes to another thread, and does not end what the main thread waits for: as on Windows.
+DEAF_WHILE_WAITING = """
+import signal, threading
+wait = threading.Event.wait
+def deaf_wait(event, timeout=None):
+    if threading.current_thread() is not threading.main_thread():
+        return wait(event, timeout)
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        return wait(event, timeout)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+threading.Event.wait = deaf_wait
+"""
+
+
+def test_ctrl_c_ends_a_server_whose_waits_it_cannot_end(home):
+    """On Windows Ctrl-C did nothing: the handler would have run after a wait without an end."""
+    with run_server(home, DEAF_WHILE_WAITING) as server:
+        server.ready()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(WAIT) == 0
 
 
 def test_sigterm_finishes_the_requests_in_flight(home, tmp_path):
