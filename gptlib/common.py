@@ -150,7 +150,7 @@ def atomic_directory(path):
         tmp.mkdir(parents=True)
         yield tmp
         for file in tmp.iterdir():
-            with open(file, "r+b") as f:  # Windows refuses it for a file that is open to be read
+            with open(file, "r+b") as f:  # Windows: no fsync of a file opened to read
                 os.fsync(f.fileno())
         if path.exists():
             path.rmdir()

@@ -56,7 +56,7 @@ class Muon(torch.optim.Muon):
             gradient = self._unless_bad(local(gradient), momentum)
             momentum.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-            # half of what float32 would be to send; most devices iterate in it anyway
+            # half the bytes of float32 to send; most devices iterate in bfloat16 anyway
             directions.append(direction.bfloat16())
         updates = self._orthogonalize(params, directions, group)
         for p, update in zip(params, updates, strict=True):

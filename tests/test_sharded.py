@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -334,7 +335,6 @@ class Hostile:
 
 def test_nothing_in_metadata_is_executed(directory, tmp_path, monkeypatch):
     """torch reads .metadata with pickle, which runs what the file says."""
-    import pickle
     monkeypatch.chdir(tmp_path)
     (directory / ".metadata").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(pickle.UnpicklingError, match="mkdir"):
@@ -355,8 +355,6 @@ class Attribute:
 def test_metadata_of_any_python_is_read(tmp_path):
     """Guards against checkpoint directories that Debian's Python writes and cannot read, and
     against other attributes that a pickle might ask for."""
-    import pickle
-
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as ENUM
     file = tmp_path / ".metadata"
     member = next(iter(ENUM))
