@@ -33,7 +33,7 @@ COPY benches benches
 # hadolint ignore=DL3064
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 USER=gpt2 HOME=/tmp \
     TIKTOKEN_CACHE_DIR=/runs/cache/tiktoken HF_HOME=/runs/cache/huggingface
-# every user may write to /runs, and to the folder where gptlib/scoring.py keeps HellaSwag
+# every user may write to /runs, and to the folder where gptlib/training/scoring.py keeps HellaSwag
 RUN useradd --uid 1000 --no-create-home gpt2 \
     && mkdir -m 1777 /runs /app/hellaswag
 USER 1000

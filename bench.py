@@ -51,7 +51,7 @@ from benches.start import bench_start
 from benches.tokenizing import bench_tokenize
 from benches.training import bench_train
 from gptlib.common import ArgumentParser, UserError, log, run_main
-from gptlib.quantize import QUANTIZE_CHOICES
+from gptlib.inference.quantize import QUANTIZE_CHOICES
 from train_gpt2 import PRESETS
 
 # -----------------------------------------------------------------------------

@@ -39,13 +39,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gptlib.common import ArgumentParser, UserError, atomic_write, run_main, warn
-from gptlib.dataset import list_shards, read_checksums, read_meta, verify_shard
+from gptlib.data.shards import list_shards, read_checksums, read_meta, verify_shard
 from gptlib.lock import lock_directory
-from gptlib.parts import WHOLE, merge_parts, parse_part
-from gptlib.preparation import (ShardWriter, encode_batches, split_chunk, training_text,
+from gptlib.data.parts import WHOLE, merge_parts, parse_part
+from gptlib.data.preparation import (ShardWriter, encode_batches, split_chunk, training_text,
                                 whole_documents)
-from gptlib.sources import FINEWEB, FINEWEB_TOKENS, open_source
-from gptlib.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
+from gptlib.data.sources import FINEWEB, FINEWEB_TOKENS, open_source
+from gptlib.data.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
 
 # bytes: up to four of FineWeb-Edu's files, of 2.15 GB each, are on the disk at a time
 DOWNLOADS = 4 * 2_150_000_000
@@ -216,7 +216,7 @@ def named_tokenizer(name):
     spec = name
     if Path(name).is_file():
         # imported here because nothing else needs torch, which takes a second to import
-        from gptlib.checkpoint import load_checkpoint
+        from gptlib.checkpoints.formats import load_checkpoint
         spec = load_checkpoint(name, mmap=True)["tokenizer"]
     enc = load_tokenizer(spec)
     if enc.n_vocab > 65536:

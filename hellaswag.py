@@ -31,13 +31,13 @@ is applied only where a loss is needed.
 
 import torch
 
-from gptlib.checkpoint import load_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
-from gptlib.quantize import QUANTIZE_CHOICES, quantize_int8
+from gptlib.inference.quantize import QUANTIZE_CHOICES, quantize_int8
 from gptlib.runtime import (distributed, keep_freed_memory, resolve_device, resolve_dtype,
                             share_from_rank0)
-from gptlib.scoring import evaluate, load_examples
-from gptlib.tokenizer import check_vocabulary, load_tokenizer
+from gptlib.training.scoring import evaluate, load_examples
+from gptlib.data.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
 
 

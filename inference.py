@@ -30,16 +30,16 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from gptlib.checkpoint import load_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, setting
-from gptlib.engine import Engine
-from gptlib.gguf_export import dtype_from_name, export_gguf
-from gptlib.quantize import QUANTIZE_CHOICES, check_quantize, quantize_int8
+from gptlib.inference.engine import Engine
+from gptlib.checkpoints.gguf import dtype_from_name, export_gguf
+from gptlib.inference.quantize import QUANTIZE_CHOICES, check_quantize, quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype, use_one_thread_if_small
-from gptlib.sampling import SamplingParams
-from gptlib.text import TextStream, encode_prompt
-from gptlib.tokenizer import check_vocabulary, load_tokenizer
+from gptlib.inference.sampling import SamplingParams
+from gptlib.inference.text import TextStream, encode_prompt
+from gptlib.data.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
 
 DEFAULT_CHECKPOINT = "log/latest_checkpoint.pt"

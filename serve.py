@@ -35,7 +35,7 @@ import traceback
 from itertools import chain
 from pathlib import Path
 
-from gptlib.api import (
+from gptlib.serving.api import (
     DEFAULT_MAX_TOKENS,
     VERSION,
     ApiError,
@@ -51,12 +51,12 @@ from gptlib.api import (
 )
 from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, read_environment, setting
-from gptlib.http_server import create_server, disconnect_check, wait_until_sent
-from gptlib.quantize import QUANTIZE_CHOICES
-from gptlib.service import Service
+from gptlib.serving.http_server import create_server, disconnect_check, wait_until_sent
+from gptlib.inference.quantize import QUANTIZE_CHOICES
+from gptlib.serving.service import Service
 from inference import DEFAULT_CHECKPOINT, load_for_sampling
 
-PAGE = Path(__file__).resolve().parent / "gptlib" / "page"
+PAGE = Path(__file__).resolve().parent / "gptlib" / "serving" / "page"
 PAGE_FILES = {"page": "index.html", "page_style": "page.css", "page_script": "page.js"}
 WITHOUT_KEY = {"health", *PAGE_FILES}  # endpoints that need no API key
 CONTENT_SECURITY_POLICY = "; ".join([

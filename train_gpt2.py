@@ -31,31 +31,31 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from fineweb import prepare
-from gptlib import scoring
-from gptlib.batch_size import choose_batch_size, memory_errors_told
-from gptlib.checkpoint import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
+from gptlib.training import scoring
+from gptlib.training.batch_size import choose_batch_size, memory_errors_told
+from gptlib.checkpoints.formats import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
-from gptlib.dataset import list_shards
-from gptlib.dev_split import open_splits
-from gptlib.huggingface import export_model
-from gptlib.loader import prefetch
+from gptlib.data.shards import list_shards
+from gptlib.data.dev_split import open_splits
+from gptlib.checkpoints.huggingface import export_model
+from gptlib.data.loader import prefetch
 from gptlib.lock import lock_directory
-from gptlib.muon import Muon
-from gptlib.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
-from gptlib.plan import print_plan
-from gptlib.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
-from gptlib.report import Reporter, describe_run, print_run
-from gptlib.resume import BackgroundSaver, check_fit, restore_training_state
+from gptlib.training.optim import Muon
+from gptlib.training.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
+from gptlib.training.plan import print_plan
+from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
+from gptlib.training.console import Reporter, describe_run, print_run
+from gptlib.checkpoints.saver import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
                             nondeterministic_algorithms, prepare_attention, prepare_device,
                             resolve_device, resolve_dtype, set_rng, skip_init,
                             without_cudnn_attention)
-from gptlib.sampling import sample_next
-from gptlib.step_log import StepLog, update_if_finite
-from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
+from gptlib.inference.sampling import sample_next
+from gptlib.training.step_log import StepLog, update_if_finite
+from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
 from gptlib.tuning import parse_tuning
-from gptlib.validation import evaluate, validation_loss
+from gptlib.training.evaluation import evaluate, validation_loss
 
 # -----------------------------------------------------------------------------
 # the model

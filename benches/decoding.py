@@ -8,8 +8,8 @@ from benches.peers import peer_classes
 from benches.quantizing import measure_quality, show_quality
 from benches.turns import dtype_name, show_results, take_turns
 from gptlib.common import UserError, log
-from gptlib.engine import Engine
-from gptlib.quantize import quantize_int8
+from gptlib.inference.engine import Engine
+from gptlib.inference.quantize import quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype
 from train_gpt2 import GPT, GPTConfig
 

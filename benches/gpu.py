@@ -23,12 +23,12 @@ from benches.growth import peak_memory
 from benches.serving import offline_tokenizer
 from benches.training import record_profile, training_ours, training_shape
 from benches.turns import ContenderProcess, dtype_name, take_turns
-from gptlib import scoring
-from gptlib.checkpoint import copy_to_host, load_checkpoint, save_checkpoint
+from gptlib.training import scoring
+from gptlib.checkpoints.formats import copy_to_host, load_checkpoint, save_checkpoint
 from gptlib.common import UserError, atomic_write, first_line, log
-from gptlib.memory import estimate_memory, model_sizes
+from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.runtime import git_commit, resolve_device, resolve_dtype
-from gptlib.tokenizer import load_tokenizer, tokenizer_to_dict
+from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
 from train_gpt2 import GPT, TrainConfig, configure_optimizers
 
 GPU_PART_TIMEOUT = 240  # seconds, compiling included

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
-from gptlib import scoring
+from gptlib.training import scoring
 from gptlib.runtime import keep_freed_memory, resolve_device, resolve_dtype
-from gptlib.tokenizer import load_tokenizer
+from gptlib.data.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 

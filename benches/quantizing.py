@@ -5,9 +5,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from gptlib.checkpoint import load_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError, log
-from gptlib.dataset import list_shards, open_shard
+from gptlib.data.shards import list_shards, open_shard
 from inference import load_model_from_checkpoint
 
 HELD_OUT_TOKENS = 20480

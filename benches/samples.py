@@ -4,7 +4,7 @@ import codeop
 import warnings
 
 from gptlib.common import log
-from gptlib.sampling import SamplingParams
+from gptlib.inference.sampling import SamplingParams
 from inference import load_for_sampling, make_engine, start_samples
 
 SAMPLE_TOKENS = 200

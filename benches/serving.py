@@ -21,7 +21,7 @@ import torch
 from benches.decoding import decode_engine, gpt2_to_decode
 from benches.turns import ROOT, dtype_name, show_results, take_turns
 from gptlib.common import UserError, log
-from gptlib.tokenizer import make_encoding, tokenizer_to_dict
+from gptlib.data.tokenizer import make_encoding, tokenizer_to_dict
 
 
 def offline_tokenizer():

@@ -12,10 +12,10 @@ import numpy as np
 
 from benches.turns import show_results, take_turns
 from fineweb import write_documents
-from gptlib.preparation import ShardWriter, encode_stream
-from gptlib.sources import open_source
-from gptlib.stdlib import stdlib_files
-from gptlib.tokenizer import load_tokenizer
+from gptlib.data.preparation import ShardWriter, encode_stream
+from gptlib.data.sources import open_source
+from gptlib.data.stdlib import stdlib_files
+from gptlib.data.tokenizer import load_tokenizer
 
 SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are written in a turn
 

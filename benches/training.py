@@ -11,7 +11,7 @@ from benches.floors import matrix_peak
 from benches.peers import peer_classes
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
 from gptlib.common import log
-from gptlib.loader import TokenLoader
+from gptlib.data.loader import TokenLoader
 from gptlib.runtime import compile_model, keep_freed_memory, resolve_device, resolve_dtype
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, take_step
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from gptlib.tokenizer import make_encoding
+from gptlib.data.tokenizer import make_encoding
 from train_gpt2 import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=24, vocab_size=320, n_layer=2, n_head=2, n_embd=16)

@@ -1,7 +1,7 @@
 """What the tests share: a tiny dataset made by hand, and a way to run a script as its user would.
 
     python -m pytest                       # all of them, on a CPU, offline
-    python -m pytest tests/test_resume.py  # one promise
+    python -m pytest tests/checkpoints/test_resume.py  # one promise
 """
 
 import base64
@@ -115,7 +115,7 @@ def read_log(log_dir):
 def load_gpt2_or_skip():
     """GPT-2's tokenizer; the test is skipped where its vocabulary can't be had."""
     from gptlib.common import UserError
-    from gptlib.tokenizer import load_tokenizer
+    from gptlib.data.tokenizer import load_tokenizer
     try:
         return load_tokenizer("gpt2")
     except UserError as error:

@@ -13,8 +13,8 @@ import tiktoken
 
 from conftest import ROOT
 
-from gptlib.dataset import list_shards, open_shard
-from gptlib.tokenizer import train_bpe
+from gptlib.data.shards import list_shards, open_shard
+from gptlib.data.tokenizer import train_bpe
 
 ODD = [
     "", "ordinary text", "it says <|endoftext|> here", "half \ud800 a pair",
@@ -40,7 +40,7 @@ def small_bpe():
 
 @functools.cache
 def python_text():
-    names = ("fineweb.py", "gptlib/tokenizer.py", "gptlib/sources.py")
+    names = ("fineweb.py", "gptlib/data/tokenizer.py", "gptlib/data/sources.py")
     return "".join((ROOT / name).read_text() for name in names)
 
 

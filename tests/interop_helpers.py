@@ -10,7 +10,7 @@ import transformers
 
 import hellaswag
 import train_gpt2
-from gptlib.tokenizer import tokenizer_to_dict, train_bpe
+from gptlib.data.tokenizer import tokenizer_to_dict, train_bpe
 from train_gpt2 import GPT, GPTConfig
 
 # the words of the Chinese corpus

@@ -1,4 +1,4 @@
-"""What tests/test_sharded.py checks inside of several processes, in one torchrun.
+"""What tests/training/test_sharded.py checks inside of several processes, in one torchrun.
 
     torchrun --standalone --nproc_per_node=3 tests/sharded_checks.py OUT CHECK...
 
@@ -26,15 +26,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from gptlib import checkpoint_directory, muon
-from gptlib.batch_size import planned_batch_size
+from gptlib.checkpoints import directory as checkpoint_directory
+from gptlib.training import optim as muon
+from gptlib.training.batch_size import planned_batch_size
 from gptlib.broadcast import map_leaves
-from gptlib.checkpoint import list_checkpoints, load_checkpoint, load_initial_checkpoint
+from gptlib.checkpoints.formats import list_checkpoints, load_checkpoint, load_initial_checkpoint
 from gptlib.common import UserError
-from gptlib.memory import estimate_memory, model_sizes
-from gptlib.muon import Muon
-from gptlib.parallel import create_on, train_with, whole
-from gptlib.resume import BackgroundSaver, restore_training_state
+from gptlib.training.memory import estimate_memory, model_sizes
+from gptlib.training.optim import Muon
+from gptlib.training.parallel import create_on, train_with, whole
+from gptlib.checkpoints.saver import BackgroundSaver, restore_training_state
 from gptlib.runtime import distributed, prepare_device
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
@@ -67,7 +68,7 @@ def make_params(place):
 def check_muon(world, place, **options):
     """Whatever the layout, the weights equal those of one process exactly.
 
-    tests/test_muon.py compares one process with torch.optim.Muon.
+    tests/training/test_muon.py compares one process with torch.optim.Muon.
     """
     alone = make_params(torch.clone)
     expected = steps_of_muon(Muon(alone, **OPTIONS), alone, torch.clone)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401 - it puts the repository on the path
 import train_gpt2
-from gptlib.checkpoint import load_initial_checkpoint
+from gptlib.checkpoints.formats import load_initial_checkpoint
 from gptlib.runtime import distributed
 
 

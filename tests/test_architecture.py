@@ -40,7 +40,7 @@ def find_modules(root):
 
 MODULES = find_modules(ROOT)
 SCRIPTS = {name for name in MODULES if name.split(".")[0] not in (PACKAGE, BENCHES)}
-TEST_FILES = sorted((ROOT / "tests").glob("test_*.py"))
+TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 # -----------------------------------------------------------------------------
@@ -268,8 +268,8 @@ def graph():
 def test_the_modules_are_found(graph):
     """Guards against checks that pass because they looked into an empty folder."""
     assert {"train_gpt2", "hellaswag", "serve", "bench"} <= SCRIPTS
-    assert {"gptlib.common", "gptlib.engine"} <= set(MODULES) - SCRIPTS
-    assert "gptlib.scoring" in graph["hellaswag"]
+    assert {"gptlib.common", "gptlib.inference.engine"} <= set(MODULES) - SCRIPTS
+    assert "gptlib.training.scoring" in graph["hellaswag"]
     assert "benches.training" in graph["bench"]
 
 
@@ -353,7 +353,7 @@ def test_no_module_is_too_long(module):
 def test_tests_open_with_the_command_that_runs_them(path):
     """Guards against a test file that a reader cannot run from its first lines."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert f"python -m pytest tests/{path.name}" in docstring
+    assert f"python -m pytest {path.relative_to(ROOT)}" in docstring
 
 
 @pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: Path(path).stem)

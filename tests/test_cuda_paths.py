@@ -13,9 +13,9 @@ from byte_model import N_VOCAB, drain, make_model, make_tokenizer, prompts
 from conftest import ROOT, TINY, environment
 
 import train_gpt2
-from gptlib import checkpoint
-from gptlib import engine as engine_module
-from gptlib.engine import Engine
+from gptlib.checkpoints import formats as checkpoint
+from gptlib.inference import engine as engine_module
+from gptlib.inference.engine import Engine
 from gptlib.runtime import without_cudnn_attention
 from train_gpt2 import GPT, TrainConfig
 
@@ -94,7 +94,7 @@ PEAK_OF_RANK = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from gptlib import checkpoint
+from gptlib.checkpoints import formats as checkpoint
 from gptlib.runtime import World
 
 def held():

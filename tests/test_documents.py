@@ -419,7 +419,7 @@ def test_image_keeps_the_folders_of_the_package():
 
 def test_image_has_a_folder_for_hellaswag():
     """A user other than root cannot write the HellaSwag download, so evaluation fails in a container."""
-    from gptlib.scoring import CACHE
+    from gptlib.training.scoring import CACHE
     folder = CACHE.parent.relative_to(ROOT)
     assert f"/app/{folder}" in re.search(r"mkdir -m 1777 (.+)", dockerfile())[1].split()
 

@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import serving
+import serving_helpers as serving
 import torch
 from conftest import (ROOT, TINY, english, environment, flags, read_log, run, write_dataset)
 from test_scoring import BYTES, flat, made_examples, tokens_of
@@ -25,13 +25,13 @@ from test_step_log import NoHostWait
 
 import train_gpt2
 from benches.gpu import same_state
-from gptlib import batch_size as batch_size_room
-from gptlib import scoring
-from gptlib.engine import Engine
-from gptlib.loader import TokenLoader
+from gptlib.training import batch_size as batch_size_room
+from gptlib.training import scoring
+from gptlib.inference.engine import Engine
+from gptlib.data.loader import TokenLoader
 from gptlib.runtime import resolve_device
-from gptlib.step_log import StepLog
-from gptlib.validation import validation_loss
+from gptlib.training.step_log import StepLog
+from gptlib.training.evaluation import validation_loss
 from inference import generate_text
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step, train
 

@@ -1,0 +1,304 @@
+"""Checkpoints of models too large for one file: a directory that every rank writes its share of.
+
+    model_01000.pt/           the name of a file, so that the same commands take both
+      state.pt                the dict of a checkpoint file, an empty tensor for each sharded one
+      __0_0.distcp, ...       the sharded tensors, by torch.distributed.checkpoint, files of a rank
+      .metadata               which file holds which rows
+      checksums.json          size and CRC-32 of each of these files
+
+It has another name until all ranks have written, so it is whole or not there.
+"""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from enum import EnumMeta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from gptlib.broadcast import map_named
+from gptlib.checkpoints.verified_file import load_without_executing
+from gptlib.common import (UserError, crc32_of_file, first_line, sync_directory,
+                           write_synced)
+
+STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
+
+# -----------------------------------------------------------------------------
+# save
+
+
+class DirectoryWriter:
+    """One checkpoint on its way to the disk. Every rank makes one and calls its methods.
+
+    __init__ copies the tensors to CPU memory; finish(), which a thread can call, writes them. With
+    `frozen`, nothing changes the tensors until then, and those in CPU memory are not copied.
+    process_group: one for these threads alone, with a CPU backend.
+    """
+
+    def __init__(self, path, state, process_group, frozen=False):
+        self.path, self.group = Path(path), process_group
+        self.tmp = self.path.with_name(self.path.name + ".tmp")
+        self.rank = dist.get_rank(process_group)
+        self.tensors, self.skeleton = split_sharded(state)
+        for name, tensor in self.tensors.items():
+            if tensor.device.type != "cpu":
+                self.tensors[name] = tensor.to("cpu")
+            elif not frozen:
+                self.tensors[name] = tensor.clone()
+        error = report(lambda: make_empty(self.tmp)) if self.rank == 0 else None
+        self.errors = self.share(error)
+
+    def finish(self, publish):
+        """Give the directory its name when all ranks have written their files, and call publish()
+        on rank 0. Returns the path.
+
+        Raises UserError on all ranks where one of them could not write.
+        """
+        self.raise_any(self.errors)
+        self.raise_any(self.share(report(self.write_tensors)))
+        mine = {}
+        error = report(lambda: mine.update(self.checksums_of(f"__{self.rank}_*")))
+        self.raise_any(self.share(error))
+        checksums = {name: value for of_rank in self.share(mine) for name, value in of_rank.items()}
+        error = report(lambda: self.complete(checksums, publish)) if self.rank == 0 else None
+        self.raise_any(self.share(error))
+        return self.path
+
+    def write_tensors(self):
+        # Not async_save: its copies of sharded tensors in CPU memory are two at once.
+        writer = dcp.FileSystemWriter(self.tmp, per_thread_copy_ahead=0)
+        dcp.save(self.tensors, process_group=self.group, storage_writer=writer)
+
+    def checksums_of(self, pattern):
+        return {path.name: checksum(path) for path in self.tmp.glob(pattern)}
+
+    def complete(self, checksums, publish):
+        """Add what rank 0 writes, and rename."""
+        for name in checksums:
+            if not (self.tmp / name).is_file():
+                raise OSError(errno.ENOENT, f"{name} of another process is not in {self.tmp}")
+        write_synced(self.tmp / STATE, lambda file: torch.save(self.skeleton, file))
+        checksums |= self.checksums_of(STATE) | self.checksums_of(METADATA)
+        text = json.dumps(checksums, indent=1).encode()
+        write_synced(self.tmp / CHECKSUMS, lambda file: file.write(text))
+        sync_directory(self.tmp)
+        if self.path.exists():  # an earlier course of the run
+            remove_directory(self.path)
+        os.replace(self.tmp, self.path)
+        sync_directory(self.path.parent)
+        publish()
+
+    def share(self, value):
+        """The values of all ranks, a list on each of them."""
+        values = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def raise_any(self, errors):
+        """Raise the UserError of the first rank that has an error, a text."""
+        failed = [text for text in errors if text]
+        if failed:
+            if self.rank == 0:
+                shutil.rmtree(self.tmp, ignore_errors=True)
+            raise UserError(f"cannot write {self.path}: {failed[0]}. Make room or choose another "
+                            "place; what was there before is intact")
+
+
+def report(function):
+    """Call function(); returns None, or in one line which process failed and why."""
+    try:
+        function()
+    except (Exception, CheckpointException) as error:  # that the save fails must not end the run
+        failures = getattr(error, "failures", {dist.get_rank(): error})
+        rank, cause = next(iter(failures.items()))
+        return f"process {rank}: {describe(cause)}"
+
+
+def describe(error):
+    """The cause of an error in one line. torch wraps it in its own exceptions."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))
+    if isinstance(error, tuple):  # (exception, where it was raised)
+        error = error[0]
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def split_sharded(state):
+    """({name: DTensor}, a copy of the state with an empty tensor in place of each DTensor).
+
+    The empty ones lie on the meta device: they have a shape and a dtype and no numbers. Of tied
+    tensors, such as the embedding and the head, the first one's name counts.
+    """
+    tensors, skeletons = {}, {}
+
+    def replace(leaf, name):
+        if not isinstance(leaf, DTensor):
+            return leaf.detach().to("cpu", copy=True) if torch.is_tensor(leaf) else leaf
+        if id(leaf) not in skeletons:
+            tensors[name] = leaf.detach()
+            skeletons[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        return skeletons[id(leaf)]
+
+    return tensors, map_named(state, replace)
+
+
+def make_empty(folder):
+    """Make a directory; what a killed process left in it goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def remove_directory(path):
+    """Remove a checkpoint directory; it loses its name first, so that no half of it remains."""
+    leaving = path.with_name(path.name + ".removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.replace(path, leaving)
+    shutil.rmtree(leaving)
+
+
+# -----------------------------------------------------------------------------
+# load
+
+
+def is_checkpoint_directory(path):
+    return (Path(path) / STATE).is_file()
+
+
+def read_checkpoint_directory(path, verify=True):
+    """The checkpoint dict of a directory, with an empty tensor (on the meta device) for each
+    sharded one, and "directory", from where `read_tensors` fills them. Nothing is executed.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    path = Path(path).resolve()
+    try:
+        if verify:
+            verify_files(path)
+        checkpoint = load_without_executing(path / STATE, "cpu", mmap=False)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read: "
+                        f"{first_line(error)}") from error
+    return {**checkpoint, "directory": str(path)}
+
+
+def fill_checkpoint(checkpoint, model_only=False):
+    """Read the tensors of a checkpoint of read_checkpoint_directory, whole, into CPU memory.
+
+    With model_only those of the optimizers stay empty.
+    """
+    tensors, filled = {}, {}
+
+    def allocate(leaf, name):
+        wanted = name.startswith("model.") or not model_only
+        if not torch.is_tensor(leaf) or not leaf.is_meta or not wanted:
+            return leaf
+        if id(leaf) not in filled:
+            tensors[name] = filled[id(leaf)] = torch.empty_like(leaf, device="cpu")
+        return filled[id(leaf)]
+
+    directory = checkpoint.pop("directory")
+    checkpoint |= map_named(dict(checkpoint), allocate)
+    read_tensors(directory, tensors)
+    return checkpoint
+
+
+def read_tensors(directory, tensors):
+    """Fill tensors, {name: tensor}, from a checkpoint directory; of a DTensor each rank reads its
+    own rows. Raises UserError where a shape differs."""
+    try:
+        with warnings.catch_warnings():  # that it is a single process: that is meant
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{directory!r} cannot be loaded: {describe(error)}") from error
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader, but for .metadata, a pickle: nothing in it is executed."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(self.path / METADATA, "rb") as file:
+            return MetadataUnpickler(file).load()
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes the plain records of torch.distributed.checkpoint's metadata and nothing else."""
+
+    RECORDS = {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    }
+    ALLOWED = {
+        ("torch", "Size"), ("torch.serialization", "_get_layout"),
+        ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(("torch.distributed.checkpoint.metadata", name) for name in sorted(RECORDS)),
+    }
+
+    def find_class(self, module, name):
+        if (module, name) == ("builtins", "getattr"):
+            return member_of_enum
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name} to be run, which is refused")
+
+
+def member_of_enum(enum, name):
+    """What is allowed of getattr, as which Python 3.11.2 pickles the members of an enum."""
+    if isinstance(enum, EnumMeta) and name in enum.__members__:
+        return enum[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum}, which is refused")
+
+
+# -----------------------------------------------------------------------------
+# verification
+
+
+def verify_files(path):
+    """Compare every file with its size and checksum, several at a time. Raises UserError for one
+    that differs."""
+    checksums = json.loads((path / CHECKSUMS).read_bytes())
+    with ThreadPoolExecutor(8) as threads:  # the ranks wait for rank 0, ten minutes at most
+        list(threads.map(lambda item: verify_file(path, *item), checksums.items()))
+
+
+def verify_file(path, name, expected):
+    file = path / name
+    if not file.is_file():
+        raise damaged(path, name, "it is missing")
+    if file.stat().st_size != expected["size"]:
+        raise damaged(path, name, f"it has {file.stat().st_size} bytes, expected "
+                      f"{expected['size']}")
+    if checksum(file) != expected:
+        raise damaged(path, name, "its bytes do not match their checksum")
+
+
+def checksum(path):
+    """{"size": bytes, "crc32": of a file}."""
+    return {"size": path.stat().st_size, "crc32": crc32_of_file(path)}
+
+
+def damaged(path, name, reason):
+    return UserError(f"{str(path)!r} is no checkpoint that can be read: its file {name!r} is "
+                     f"damaged: {reason}")
+
+
+def identity_of_directory(path):
+    """Equal where two directories hold the same files: of the checksums of all of them."""
+    checksums = Path(path) / CHECKSUMS
+    return tuple(checksum(checksums).values()) if checksums.is_file() else None

@@ -1,0 +1,262 @@
+"""Where documents come from: the Hugging Face Hub, files, the standard library of this Python."""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+
+from gptlib.common import UserError, first_line
+from gptlib.data.hub import FILES_AHEAD, FOOTERS_AHEAD, HubFiles, fetch_ahead, find_parquet_files
+from gptlib.data.parquet import ParquetFile, text_of, unreadable
+from gptlib.data.parts import WHOLE
+from gptlib.data.preparation import group_documents
+from gptlib.data.stdlib import read_functions, stdlib_files
+
+FINEWEB = "HuggingFaceFW/fineweb-edu"
+# about how many of GPT-2's tokens its samples have
+FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
+
+
+def open_source(source, files, dataset, name, column, **hub_options):
+    """Find the text that the command line describes, without reading it yet.
+
+    hub_options: those of HubSource. Returns a FileSource or a HubSource. Raises UserError where no
+    file is found.
+    """
+    if source == "fineweb":
+        return HubSource(dataset, name, column, **hub_options)
+    if source == "files":
+        paths = matching_files(files or "")
+        names_and_sizes = [(path, os.path.getsize(path)) for path in paths]
+        digest = hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()[:12]
+        description = f"{files}, column {column}: {len(paths)} files, names and sizes {digest}"
+        found = FileSource(description, paths, column)
+    elif source == "stdlib":
+        found = StdlibSource()
+    else:
+        raise UserError(f"--source {source}: expected fineweb, files or stdlib")
+    if not found.paths:
+        raise UserError(f"--source {source} --files {files}: no files found; check the pattern, "
+                        "and quote it")
+    return found
+
+
+class FileSource:
+    """Text in files of this machine.
+
+    description: a line that differs for any two sources. paths: in the order of reading.
+    """
+
+    def __init__(self, description, paths, column):
+        self.description, self.paths, self.column = description, paths, column
+
+    def read(self, skip=0):
+        """An iterator of all documents (str) without the first `skip`."""
+        for batch in self.batches(skip):
+            yield from batch if isinstance(batch, list) else batch.documents()
+
+    def batches(self, skip=0, part=WHOLE):
+        """The documents of a part without its first `skip`, as encode_batches takes them."""
+        return batches_of_files(self.paths, self.column, skip, part)
+
+    def resolve(self):
+        """Find out what reading needs to know. Returns what meta.json has to keep of it."""
+        return {}
+
+    def keeps_downloads_in(self, root):
+        """Whether files lie in this directory while they are read."""
+        return False
+
+    def close(self):
+        """Remove what reading has left on the disk."""
+
+
+class StdlibSource(FileSource):
+    """The functions of the standard library of this Python, each a document."""
+
+    def __init__(self):
+        paths = stdlib_files()
+        version = sys.version.split()[0]
+        description = f"functions of Python {version}'s standard library: {len(paths)} files"
+        super().__init__(description, paths, column=None)
+
+    def batches(self, skip=0, part=WHOLE):
+        if part != WHOLE:
+            raise UserError("--part: the standard library is too small for parts")
+        return group_documents(itertools.islice(read_functions(self.paths), skip, None))
+
+
+class HubSource(FileSource):
+    """Text of a dataset on the Hub, or in a local directory of the same layout.
+
+    revision: a commit, branch or tag (default: the newest commit). recorded: what resolve returned
+    when this dataset was begun: the run that continues it reads the same commit. folder: where
+    files are downloaded to and removed when they are read; None keeps them in Hugging Face's cache.
+    """
+
+    def __init__(self, dataset, name, column, revision=None, recorded=None, folder=None):
+        self.description = f"{dataset}, {name or 'default'}, column {column}"
+        self.dataset, self.name, self.column = dataset, name, column
+        self.revision, self.recorded, self.folder = revision, recorded, folder
+        self.paths = self.hub = None
+
+    def resolve(self):
+        if self.recorded:
+            self.revision, self.paths = self.recorded["revision"], self.recorded["files"]
+        else:
+            with self.errors():
+                found = find_parquet_files(self.dataset, self.name, self.revision)
+            commit, self.paths = found or (None, None)
+            self.revision = commit or self.revision
+        is_on_hub = self.recorded or (self.paths and commit)
+        if not is_on_hub:
+            return {}
+        self.hub = HubFiles(self.dataset, self.revision, self.folder)
+        return {"hub": {"revision": self.revision, "files": self.paths}}
+
+    def batches(self, skip=0, part=WHOLE):
+        with self.errors():
+            if self.hub:
+                yield from self.batches_of_hub(skip, part)
+            elif self.paths:
+                yield from batches_of_files(self.paths, self.column, skip, part)
+            elif part != WHOLE:
+                raise UserError(f"--part: {self.dataset} is not made of parquet files, so it "
+                                "can't be read in parts")
+            else:
+                documents = read_stream(self.dataset, self.name, self.column, skip, self.revision)
+                yield from group_documents(documents)
+
+    def batches_of_hub(self, skip, part):
+        files = list(enumerate(self.paths))
+        files = [(i, path) for i, path in files if part.touches(i, len(self.paths))]
+        if skip:
+            files, skip = self.unfinished_files(files, skip, part)
+        fetched = fetch_ahead(self.hub.fetch, [path for _, path in files], FILES_AHEAD)
+        for (i, _), path in zip(files, fetched, strict=True):
+            file = ParquetFile(path, self.column, lambda path=path: self.hub.drop(path))
+            first, last = part.rows(i, len(self.paths), file.num_rows)
+            yield from file.batches(first + skip, last)
+            skip = 0
+
+    def unfinished_files(self, files, skip, part):
+        """Leave out the files whose rows are all within the first `skip`.
+
+        Returns (the others, how many rows of the first of them to skip).
+        """
+        counts = fetch_ahead(self.hub.count_rows, [path for _, path in files], FOOTERS_AHEAD)
+        for done, ((i, _), num_rows) in enumerate(zip(files, counts, strict=True)):
+            first, last = part.rows(i, len(self.paths), num_rows)
+            if skip < last - first:
+                return files[done:], skip
+            skip -= last - first
+        return [], 0
+
+    @contextlib.contextmanager
+    def errors(self):
+        """Turn what goes wrong in other packages into a UserError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # the Hub, the network, a damaged file: dozens of classes
+            raise UserError(f"cannot read dataset {self.dataset} ({self.name or 'default'}): "
+                            f"{type(error).__name__}: {first_line(error)}. Finished shards are "
+                            "kept: repair it and run the same command again") from error
+
+    def keeps_downloads_in(self, root):
+        return bool(self.hub and self.folder and self.folder.is_relative_to(root))
+
+    def close(self):
+        if self.hub:
+            self.hub.drop_all()
+
+
+def matching_files(pattern):
+    """The files that match a glob pattern, sorted; ** matches any folders, ~ is the home folder."""
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return [path for path in sorted(found) if os.path.isfile(path)]
+
+
+def batches_of_files(paths, column, skip, part=WHOLE):
+    """Yield the documents of files as encode_batches takes them, without the first `skip`.
+
+    Parquet files are given out as row groups, in which the part may begin and end. Of other files
+    only whole ones are in a part.
+    """
+    numbered = [(i, path) for i, path in enumerate(paths) if part.touches(i, len(paths))]
+    for is_parquet, group in itertools.groupby(numbered, lambda item: item[1].endswith(".parquet")):
+        if not is_parquet:
+            whole = [path for i, path in group if part.rows(i, len(paths), 1) == (0, 1)]
+            documents = read_files(whole, column)
+            while skip and next(documents, None) is not None:
+                skip -= 1
+            yield from group_documents(documents)
+            continue
+        for i, path in group:
+            file = ParquetFile(path, column)
+            first, last = part.rows(i, len(paths), file.num_rows)
+            skipped = min(skip, last - first)
+            skip -= skipped
+            yield from file.batches(first + skipped, last)
+
+
+def read_files(paths, column):
+    for path in paths:
+        yield from read_file(path, column)
+
+
+def read_file(path, column):
+    """Yield the documents of a file.
+
+    column: the key or column that holds the text of .jsonl and .parquet. Raises UserError for what
+    cannot be read, naming the line where there are lines.
+    """
+    where = path
+    try:
+        if path.endswith((".txt", ".md", ".py")):
+            yield Path(path).read_bytes().decode()
+        elif path.endswith((".jsonl", ".json.gz", ".jsonl.gz")):
+            open_lines = gzip.open if path.endswith(".gz") else open
+            with open_lines(path, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    where = f"{path}, line {number}"
+                    if line.strip():
+                        yield text_of_line(line, column, where)
+        elif path.endswith(".parquet"):
+            for row_group in ParquetFile(path, column).batches():
+                yield from row_group.documents()
+        else:
+            raise UserError(f"{path}: expected .txt, .md, .jsonl, .json.gz or .parquet; "
+                            "narrow --files")
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        raise unreadable(where, error) from error
+
+
+def text_of_line(line, column, where):
+    row = json.loads(line)
+    if not isinstance(row, dict) or column not in row:
+        raise UserError(f"{where}: no {column!r} in {line[:60]!r}; name the text by --column")
+    return text_of(row[column], column, where)
+
+
+def read_stream(dataset, name, column, skip, revision=None):
+    """The documents of a dataset in any format that `datasets` knows."""
+    from datasets import load_dataset
+    rows = load_dataset(dataset, name=name, split="train", streaming=True, revision=revision)
+    # Some formats name their columns only in the rows. An empty dataset has every column.
+    columns = rows.column_names or list(next(iter(rows), {column: ""}))
+    if column not in columns:
+        raise UserError(f"{dataset}: no column {column!r} in {columns}; name one by --column")
+    rows = rows.select_columns([column]).skip(skip).with_format("arrow")
+    for table in rows.iter(1024):
+        for text in table[column].to_pylist():
+            yield text_of(text, column, dataset)

@@ -1,0 +1,397 @@
+"""The HTTP interface: request bodies, answers, errors and the OpenAPI description.
+
+The ranges of the sampling settings are those of gptlib.inference.sampling.SamplingParams; only the limits
+that are the server's own (how long, how many) are stated here.
+"""
+
+import dataclasses
+import json
+import time
+import uuid
+from typing import Annotated, Literal
+
+from gptlib.config import EXPECTED, describe_range, setting
+from gptlib.inference.sampling import SamplingParams
+
+VERSION = "1.0.0"
+
+MAX_TOP_K = 10**6  # far above any vocabulary
+MAX_SEED = 2**63 - 1  # the largest integer that every JSON client can send
+MAX_STOP_TEXTS = 4  # as OpenAI's API has it
+MAX_STOP_LENGTH = 200  # characters
+MAX_NAME_LENGTH = 500  # characters
+DEFAULT_MAX_LENGTH = 100  # of /generate
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
+
+# -----------------------------------------------------------------------------
+# errors
+
+
+class ApiError(Exception):
+    """An error that a client gets instead of an answer.
+
+    status: the HTTP status; field: the field of the body at fault; code: a name that programs can
+    test for; retry_after: seconds to wait before another attempt.
+    """
+
+    def __init__(self, status, message, field=None, code=None, retry_after=None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.field = field
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self):
+        """The error in the form of OpenAI's API."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = kinds.get(self.status, other)
+        return dict(error=dict(message=self.message, type=kind, param=self.field, code=self.code))
+
+
+def error_response(error):
+    """The Flask response for an ApiError."""
+    from flask import jsonify
+    response = jsonify(error.body())
+    response.status_code = error.status
+    if error.retry_after:
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
+# -----------------------------------------------------------------------------
+# request bodies: a field's description says what is expected, and error messages quote it
+
+
+def as_integer(bound):
+    """Write a bound of 2.0 as 2."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
+
+
+def number_field(kind, default, low=None, high=None, above=None, note=""):
+    """A pydantic field for a number in a range, which its description tells.
+
+    kind: int or float; low and high are allowed values, `above` is not.
+    """
+    from pydantic import Field
+    low, high, above = as_integer(low), as_integer(high), as_integer(above)
+    numbers = describe_range(setting(default, note, low, high, above=above))
+    if above is None:
+        numbers = f"from {numbers}"
+    bounds = dict(ge=low, le=high, gt=above)
+    stated = {name: bound for name, bound in bounds.items() if bound is not None}
+    return Field(default, description=f"{EXPECTED[kind]} {numbers}{note}", **stated)
+
+
+def sampling_field(name, default, high=None, note=""):
+    """The pydantic field for a setting of SamplingParams, with its range and its help.
+
+    high: the server's own upper limit, where SamplingParams has none.
+    """
+    declared = next(f for f in dataclasses.fields(SamplingParams) if f.name == name)
+    known = declared.metadata
+    high = known["high"] if high is None else high
+    note = f": {known['help']}{note}"
+    return number_field(declared.type, default, known["low"], high, known["above"], note)
+
+
+def unsupported_field(value):
+    """A field of OpenAI's API that is accepted only with the value that changes nothing."""
+    from pydantic import Field
+    return Field(None, description=f"not supported: leave it out, or give {value}")
+
+
+def describe_prompt(limit):
+    """What the prompt of a completion may be."""
+    return f"a text of at most {limit} characters, as many token ids, or a list of such"
+
+
+def strict_body():
+    """The pydantic base class of all bodies: no conversions, no unknown fields, no NaN."""
+    from pydantic import BaseModel, ConfigDict
+
+    class Body(BaseModel):
+        model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    return Body
+
+
+def sampling_body():
+    """The fields that /generate and /v1/completions have in common."""
+    from pydantic import Field
+    StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+    StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS)]
+    stop_texts = (f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOP_TEXTS} "
+                  "of them, that ends the continuation")
+
+    class Sampling(strict_body()):
+        top_p: float | None = sampling_field("top_p", None, note="; null: from all")
+        seed: int | None = sampling_field("seed", None, MAX_SEED, "; sample i uses seed + i")
+        stop: StopText | StopTexts | None = Field(None, description=stop_texts)
+        stream: bool | None = Field(
+            False, description="true or false; true sends server-sent events")
+
+    return Sampling
+
+
+def generate_body(settings):
+    """The body of /generate, as a pydantic model."""
+    from pydantic import Field
+    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
+    capacity = settings.slots + settings.queue_size
+
+    class Generate(sampling_body()):
+        prompt: str = Field(
+            max_length=prompt_limit,
+            description=f"a text of at most {prompt_limit} characters")
+        max_length: int = sampling_field(
+            "max_length", min(DEFAULT_MAX_LENGTH, length_limit), length_limit)
+        temperature: float = sampling_field("temperature", 0.8)
+        top_k: int | None = sampling_field("top_k", 50, MAX_TOP_K, "; null: from all")
+        num_samples: int = number_field(int, 1, 1, capacity)
+
+    return Generate
+
+
+def completion_body(settings):
+    """The body of /v1/completions, as a pydantic model: OpenAI's fields."""
+    from pydantic import Field
+    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
+    capacity = settings.slots + settings.queue_size
+
+    class StreamOptions(strict_body()):
+        include_usage: bool | None = None
+
+    class Completion(sampling_body()):
+        model: str | None = Field(
+            None, max_length=MAX_NAME_LENGTH, description="the name that /v1/models lists")
+        prompt: str | list[str] | list[int] | list[list[int]] = Field(
+            max_length=prompt_limit, description=describe_prompt(prompt_limit))
+        max_tokens: int | None = sampling_field(
+            "max_length", min(DEFAULT_MAX_TOKENS, length_limit), length_limit)
+        temperature: float | None = sampling_field("temperature", 1.0)
+        top_k: int | None = sampling_field("top_k", None, MAX_TOP_K, "; null: from all")
+        n: int | None = number_field(int, 1, 1, capacity)
+        stream_options: StreamOptions | None = Field(
+            None, description='{"include_usage": true} or null')
+        echo: bool | None = Field(
+            False, description="true or false; true puts the prompt before the text")
+        user: str | None = Field(
+            None, max_length=MAX_NAME_LENGTH,
+            description=f"a text of at most {MAX_NAME_LENGTH} characters, which is ignored")
+        best_of: Literal[1] | None = unsupported_field(1)
+        logprobs: None = unsupported_field("null")
+        suffix: None = unsupported_field("null")
+        logit_bias: None = unsupported_field("null")
+        presence_penalty: Literal[0] | None = unsupported_field(0)
+        frequency_penalty: Literal[0] | None = unsupported_field(0)
+
+    return Completion
+
+
+def request_models(settings):
+    """The bodies of /generate and /v1/completions, as pydantic models."""
+    return generate_body(settings), completion_body(settings)
+
+
+def parse_body(model, data):
+    """The body of a request, bytes, as an instance of the pydantic model.
+
+    Raises ApiError 400 that names the first field at fault and what is expected there.
+    """
+    from pydantic import ValidationError
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as e:
+        error = e.errors(include_url=False)[0]
+    field = str(error["loc"][0]) if error["loc"] else ""
+    if not field:
+        wrong = "is not valid JSON" if error["type"] == "json_invalid" else "is not a JSON object"
+        reason = error["msg"].removeprefix("Invalid JSON: ")
+        raise ApiError(400, f"the body {wrong}: {reason}")
+    if field not in model.model_fields:
+        known = ", ".join(model.model_fields)
+        raise ApiError(400, f"unknown field {field[:50]!r}: expected {known}", field[:50])
+    found = "missing" if error["type"] == "missing" else json.dumps(error["input"])
+    if len(found) > 60:
+        found = found[:57] + "..."
+    expected = model.model_fields[field].description
+    raise ApiError(400, f"{field} is {found}: expected {expected}", field)
+
+
+def encode_text(tokenizer, text):
+    """The token ids of a prompt; an empty one is <|endoftext|>, the start of a document."""
+    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+
+
+def encode_prompts(tokenizer, prompt, limit):
+    """The prompts of a completion as lists of token ids.
+
+    prompt: a text, token ids, or a list of such; limit: the largest number of characters or ids
+    in one. Raises ApiError 400 for an empty list, a long prompt and an unknown token id.
+    """
+    is_token_ids = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+    prompts = [prompt] if isinstance(prompt, str) or is_token_ids else prompt
+    encoded = []
+    for one in prompts:
+        encoded.append(encode_text(tokenizer, one) if isinstance(one, str) else one)
+    if not encoded or not all(encoded):
+        message = "prompt is an empty list: expected a text, token ids, or a list of such"
+        raise ApiError(400, message, "prompt")
+    if any(len(one) > limit for one in prompts):
+        message = f"a prompt in the list is too long: expected {describe_prompt(limit)}"
+        raise ApiError(400, message, "prompt")
+    largest = tokenizer.n_vocab - 1
+    for tokens in encoded:
+        if min(tokens) < 0 or max(tokens) > largest:
+            message = f"prompt has a token id out of range: expected 0 to {largest}"
+            raise ApiError(400, message, "prompt")
+    return encoded
+
+
+# -----------------------------------------------------------------------------
+# answers: events() for a stream, build_body() once all events have come
+
+
+class GenerateAnswer:
+    """The answer of /generate, for the samples of one job."""
+
+    def __init__(self, job, prompt, n_prompt_tokens, model_name):
+        self.job = job
+        self.prompt = prompt
+        self.n_prompt_tokens = n_prompt_tokens
+        self.model_name = model_name
+
+    def sample(self, index):
+        stream, request = self.job.streams[index], self.job.requests[index]
+        return dict(generated_text=self.prompt + stream.text, tokens_generated=stream.n_tokens,
+                    finish_reason=request.finish_reason, seed=request.seed)
+
+    def events(self):
+        """A dict for each piece of text, and a last one for each sample with all about it."""
+        for index, piece in self.job.pieces():
+            if piece is not None:
+                yield dict(index=index, text=piece)
+            else:
+                yield dict(index=index, text="", **self.sample(index))
+
+    def build_body(self):
+        """The first sample, and the list of all samples where there are several."""
+        samples = [self.sample(index) for index in range(len(self.job.requests))]
+        body = dict(prompt=self.prompt, **samples[0], model=self.model_name,
+                    prompt_tokens=self.n_prompt_tokens)
+        if len(samples) > 1:
+            body["samples"] = samples
+        return body
+
+
+class CompletionAnswer:
+    """The answer of /v1/completions, in OpenAI's form.
+
+    n_prompt_tokens: of all prompts, each counted once; echo: the text that comes before each
+    sequence's own; include_usage: whether a stream ends with the token counts.
+    """
+
+    def __init__(self, job, model_name, n_prompt_tokens, echo, include_usage):
+        self.job = job
+        self.n_prompt_tokens = n_prompt_tokens
+        self.echo = echo
+        self.include_usage = include_usage
+        self.head = dict(id=f"cmpl-{uuid.uuid4().hex}", object="text_completion",
+                         created=int(time.time()), model=model_name)
+
+    @staticmethod
+    def choice(index, text, finish_reason=None):
+        return dict(index=index, text=text, logprobs=None, finish_reason=finish_reason)
+
+    def chunk(self, choice):
+        """One event; with include_usage all but the last have a `usage` of null, as OpenAI's do."""
+        chunk = dict(**self.head, choices=[choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def usage(self):
+        generated = sum(stream.n_tokens for stream in self.job.streams)
+        return dict(prompt_tokens=self.n_prompt_tokens, completion_tokens=generated,
+                    total_tokens=self.n_prompt_tokens + generated)
+
+    def events(self):
+        """A chunk for each echoed prompt, each piece of text and the end of each sequence."""
+        for index, text in enumerate(self.echo):
+            if text:
+                yield self.chunk(self.choice(index, text))
+        for index, piece in self.job.pieces():
+            has_ended = piece is None
+            finish_reason = self.job.requests[index].finish_reason if has_ended else None
+            yield self.chunk(self.choice(index, piece or "", finish_reason))
+        if self.include_usage:
+            yield dict(**self.head, choices=[], usage=self.usage())
+
+    def build_body(self):
+        choices = []
+        for index, stream in enumerate(self.job.streams):
+            text = self.echo[index] + stream.text
+            choices.append(self.choice(index, text, stream.request.finish_reason))
+        return dict(**self.head, usage=self.usage(), choices=choices)
+
+
+def sse_stream(events):
+    """Events, dicts, as server-sent events; an ApiError on the way becomes the last event."""
+    try:
+        for event in events:
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+
+
+# -----------------------------------------------------------------------------
+# OpenAPI
+
+POST_ANSWERS = {
+    200: "JSON, or server-sent events where stream is true",
+    400: "malformed or out of range",
+    401: "API key missing or wrong",
+    404: "no such model",
+    413: "body too large",
+    415: "not JSON",
+    429: "queue full, or rate limit met: see Retry-After",
+    500: "failed",
+    503: "loading or draining",
+    504: "not done in time",
+}
+
+
+def describe_post(summary, model):
+    """The OpenAPI entry of a route that takes this body."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    body = dict(required=True, content={"application/json": dict(schema=schema)})
+    responses = {str(status): dict(description=text) for status, text in POST_ANSWERS.items()}
+    return dict(post=dict(summary=summary, requestBody=body, responses=responses))
+
+
+def describe_get(summary):
+    """The OpenAPI entry of a route without a body."""
+    return dict(get=dict(summary=summary, responses={"200": dict(description=summary)}))
+
+
+def openapi(models):
+    """The OpenAPI description: the bodies in full, the other routes by name."""
+    from pydantic.json_schema import models_json_schema
+    generate, completion = models
+    _, schemas = models_json_schema([(model, "validation") for model in models],
+                                    ref_template="#/components/schemas/{model}")
+    paths = {
+        "/generate": describe_post("Continue a text", generate),
+        "/v1/completions": describe_post("OpenAI's completions", completion),
+        "/v1/models": describe_get("The model"),
+        "/health": describe_get(
+            "State of the server; the model, its dtype and how it is quantized"),
+        "/metrics": describe_get("Prometheus"),
+    }
+    key = dict(type="http", scheme="bearer")
+    components = dict(schemas=schemas["$defs"], securitySchemes=dict(key=key))
+    return dict(openapi="3.1.0", info=dict(title="GPT-2", version=VERSION),
+                security=[{}, dict(key=[])], paths=paths, components=components)

@@ -1,0 +1,288 @@
+"""The thread that owns the model, the jobs it works on, and their metrics."""
+
+import atexit
+import dataclasses
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from gptlib.serving.api import ApiError
+from gptlib.common import log
+from gptlib.inference.engine import Engine
+from gptlib.runtime import use_one_thread_if_small
+from gptlib.inference.sampling import SamplingParams
+from gptlib.inference.text import TextStream
+
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that hung up; only the metrics see it
+
+
+class Metrics:
+    """The Prometheus metrics of /metrics."""
+
+    def __init__(self, service):
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Histogram,
+            ProcessCollector,
+            disable_created_metrics,
+        )
+        disable_created_metrics()
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "gpt2_http_requests_total", "HTTP requests answered", ["route", "code"],
+            registry=registry)
+        self.latency = Histogram(
+            "gpt2_http_request_duration_seconds", "From a request to the end of its answer",
+            ["route"], registry=registry, buckets=LATENCY_BUCKETS)
+        self.first_token = Histogram(
+            "gpt2_time_to_first_token_seconds", "From a request to its first token",
+            registry=registry, buckets=LATENCY_BUCKETS)
+        self.sequences = Counter(
+            "gpt2_sequences_total", "Finished sequences, by reason", ["finish_reason"],
+            registry=registry)
+        self.prompt_tokens = Counter(
+            "gpt2_prompt_tokens_total", "Tokens of prompts, counted for each sequence",
+            registry=registry)
+        self.reused_tokens = Counter(
+            "gpt2_reused_prompt_tokens_total",
+            "Tokens of prompts that were in the cache already and were not read again",
+            registry=registry)
+        self.tokens = Counter(
+            "gpt2_generated_tokens_total", "Tokens generated", registry=registry)
+        self._add_gauges(service)
+
+    def _add_gauges(self, service):
+        from prometheus_client import Gauge
+        slots = Gauge("gpt2_slots", "Sequences that can be decoded at a time",
+                      registry=self.registry)
+        slots.set_function(lambda: service.settings.slots)
+        slots_in_use = Gauge("gpt2_slots_in_use", "Sequences that are being decoded",
+                             registry=self.registry)
+        slots_in_use.set_function(lambda: service.occupancy()[0])
+        queue = Gauge("gpt2_queue_sequences", "Sequences that wait for a slot",
+                      registry=self.registry)
+        queue.set_function(lambda: service.occupancy()[1])
+
+
+class Job:
+    """The sequences of one HTTP request, which are admitted, timed and released together.
+
+    is_disconnected: a function that returns whether the client has hung up.
+    """
+
+    def __init__(self, service, requests, stop, is_disconnected):
+        self.service = service
+        self.requests = requests
+        self.is_disconnected = is_disconnected
+        self.streams = [TextStream(r, service.tokenizer, stop) for r in requests]
+        self.start = time.monotonic()
+        self.has_first_token = False
+
+    def pieces(self):
+        """Yield (index, text) as text comes, and (index, None) at the end of each sequence.
+
+        The sequences take turns. Raises ApiError where one ends before its text does.
+        """
+        unfinished = {index: iter(stream) for index, stream in enumerate(self.streams)}
+        while unfinished:
+            for index in list(unfinished):
+                piece = next(unfinished[index], None)
+                if piece is None:
+                    del unfinished[index]
+                    self.check_finished(self.requests[index])
+                yield index, piece
+
+    def check_finished(self, request):
+        """Raise ApiError for a request that was cancelled, timed out or failed."""
+        if request.finish_reason == "cancelled":
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client has disconnected")
+        if request.finish_reason == "timeout":
+            limit = self.service.settings.request_timeout
+            raise ApiError(504, f"not done within {limit:g} seconds (REQUEST_TIMEOUT)")
+        if request.finish_reason not in ("stop", "length"):
+            raise ApiError(500, "the model failed on this request; the server's log says why")
+
+    def note_first_token(self):
+        """Record how long the first token took, once there is one."""
+        if not self.has_first_token and any(r.tokens for r in self.requests):
+            self.has_first_token = True
+            self.service.metrics.first_token.observe(time.monotonic() - self.start)
+
+    def close(self):
+        """Release the slots and count the tokens. Safe to call more than once."""
+        service = self.service
+        with service.lock:
+            if self not in service.jobs:
+                return
+            service.jobs.remove(self)
+        self.note_first_token()  # a short job may end before the engine's thread looks at it
+        for request in self.requests:
+            request.cancel()
+            if request.error:
+                traceback.print_exception(request.error)
+            service.metrics.sequences.labels(request.finish_reason).inc()
+            service.metrics.tokens.inc(len(request.tokens))
+            service.metrics.reused_tokens.inc(request.n_reused)
+        service.wake.set()
+
+
+class Service:
+    """The model, the thread that owns it, and the jobs it works on.
+
+    load_model(path, device, dtype) returns an object with .model, .tokenizer, .step and
+    .sample_prompt. status is "loading", "failed", "healthy", "draining" or "closed".
+    """
+
+    def __init__(self, settings, load_model):
+        self.settings = settings
+        self.load_model = load_model
+        self.status = "loading"
+        self.error = None  # the exception, where loading has failed
+        self.model = self.tokenizer = self.engine = None
+        self.name = ""  # what clients call the model
+        self.about = {}  # what /health says about the model, once it is loaded
+        self.created = int(time.time())
+        self.jobs = set()
+        self.lock = threading.Lock()  # guards status and jobs
+        self.wake = threading.Event()  # the engine's thread has something to do
+        self.shutdown = threading.Event()  # the process is to end
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.metrics = Metrics(self)
+
+    def start(self):
+        """Load the model and work on jobs, in a thread of its own."""
+        self.thread.start()
+        # torch crashes at exit while a thread is still inside it
+        atexit.register(self.close)
+        return self
+
+    def close(self):
+        """Stop the engine's thread."""
+        self.status = "closed"
+        self.wake.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=10)
+
+    def _run(self):
+        try:
+            self._load()
+        except Exception as error:
+            self.status, self.error = "failed", error
+            log(f"error: {error}")
+            self.shutdown.set()
+            return
+        with self.lock:
+            is_ready = self.status == "loading"  # a signal may have come meanwhile
+            if is_ready:
+                self.status = "healthy"
+        if is_ready:
+            line = "serving {model}: {parameters:,} parameters, {device}, {dtype}"
+            if self.about["quantize"] != "none":
+                line += ", {quantize}"
+            log(line.format(**self.about))
+        while self.status != "closed":
+            # cleared before the step: work that arrives during it wakes the next round
+            self.wake.clear()
+            if not self._step():
+                self.wake.wait()
+
+    def _step(self):
+        """Generate a token for every sequence in a slot. Returns False when there is none."""
+        try:
+            self._expire_jobs()
+            return self.engine.step()
+        except Exception as error:
+            # not the fault of one request: those in slots are lost, those that wait are not
+            traceback.print_exception(error)
+            self.engine.abort(error)
+            return True
+
+    def _load(self):
+        settings = self.settings
+        loaded = self.load_model(settings.model_checkpoint, settings.device, settings.dtype)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        parameters = sum(p.numel() for p in model.parameters())
+        use_one_thread_if_small(model)
+        engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token,
+                        settings.compile, prefill_chunk=settings.prefill_chunk,
+                        prefix_reuse=settings.prefix_reuse)
+        engine.warm_up()
+        if settings.prefill_chunk == 0:
+            engine.choose_prefill_chunk()
+        # latest_checkpoint.pt is a link: the name is that of the file it leads to
+        checkpoint_name = Path(settings.model_checkpoint).resolve().stem
+        self.name = settings.model_name or checkpoint_name
+        weight = model.lm_head.weight
+        self.tokenizer, self.engine = tokenizer, engine
+        self.about = dict(
+            model=self.name, step=loaded.step, parameters=parameters,
+            context=model.config.block_size, device=str(weight.device),
+            dtype=str(weight.dtype).removeprefix("torch."), quantize=settings.quantize,
+            sample_prompt=loaded.sample_prompt)
+        # the engine's copy: with the loaded model gone, weights that were packed are held once
+        self.model = engine.model
+
+    def _expire_jobs(self):
+        """Note first tokens; cancel jobs past their deadline and those whose client has left."""
+        now = time.monotonic()
+        for job in list(self.jobs):
+            job.note_first_token()
+            is_late = now - job.start > self.settings.request_timeout
+            if is_late or job.is_disconnected():
+                for request in job.requests:
+                    request.cancel("timeout" if is_late else "cancelled")
+
+    def occupancy(self):
+        """(sequences that have a slot, sequences that wait for one)."""
+        if self.engine is None:
+            return 0, 0
+        engine = self.engine
+        return len(engine.live) + (engine.filling is not None), len(engine.waiting)
+
+    def check_open(self):
+        """Raise ApiError 503 unless requests are accepted."""
+        if self.status == "loading":
+            message = "the model is still being loaded, try again in a moment"
+            raise ApiError(503, message, retry_after=2)
+        if self.status != "healthy":
+            message = f"this server accepts no more requests, it is {self.status}"
+            raise ApiError(503, message, retry_after=10)
+
+    def submit(self, prompts, field, stop, is_disconnected, **sampling):
+        """Queue prompts, lists of token ids, as one Job; sequence i uses the seed `seed` + i.
+
+        field: the field of the body that sets how many there are, named in errors. sampling: the
+        fields of SamplingParams. Raises ApiError 400 for more sequences than fit at all, 429 for
+        more than fit now, 503 while loading or draining, and UserError for settings out of range.
+        """
+        params = SamplingParams(**sampling)
+        capacity = self.settings.slots + self.settings.queue_size
+        if len(prompts) > capacity:
+            message = f"{field} makes {len(prompts)} sequences: expected at most {capacity}"
+            raise ApiError(400, message, field)
+        with self.lock:
+            self.check_open()
+            in_flight = sum(len(job.requests) for job in self.jobs)
+            if in_flight + len(prompts) > capacity:
+                message = "all slots are taken and the queue is full, try again in a moment"
+                raise ApiError(429, message, code="queue_full", retry_after=1)
+            requests = []
+            for i, prompt in enumerate(prompts):
+                own = dataclasses.replace(params, seed=params.seed + i)
+                requests.append(self.engine.submit(prompt, own))
+            job = Job(self, requests, stop, is_disconnected)
+            self.jobs.add(job)
+        self.metrics.prompt_tokens.inc(sum(len(prompt) for prompt in prompts))
+        self.wake.set()
+        return job
+
+    def drain(self):
+        """Refuse new jobs and wait until those in flight are done."""
+        with self.lock:
+            self.status = "draining"
+        while self.jobs:
+            time.sleep(0.02)

@@ -1,0 +1,189 @@
+"""
+python -m pytest tests/data/test_dataset.py
+
+Shards and meta.json, against files that are made by hand.
+"""
+
+import gc
+import json
+import struct
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from gptlib.common import UserError
+from gptlib.data.shards import (file_checksum, list_shards, open_shard, read_checksums, read_meta,
+                            save_shard, shard_checksum, verify_shard)
+
+TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
+
+
+def llm_c_header(magic=20240520, version=1, num_tokens=3):
+    return struct.pack("<3i", magic, version, num_tokens) + bytes(4 * 253)
+
+
+def test_open_shard(tmp_path):
+    """A shard of either format is read wrongly, or into memory instead of mapped."""
+    np.save(tmp_path / "x_val_000000.npy", TOKENS)
+    (tmp_path / "x_val_000001.bin").write_bytes(llm_c_header() + struct.pack("<3H", *TOKENS))
+    (tmp_path / "x_train_000002.npy.tmp").write_bytes(b"")
+    paths = list_shards(tmp_path, "val")
+    assert [path.name for path in paths] == ["x_val_000000.npy", "x_val_000001.bin"]
+    assert not list_shards(tmp_path, "train")
+    for path in paths:
+        shard = open_shard(path)
+        assert isinstance(shard, np.memmap)
+        assert shard.dtype == np.uint16
+        assert shard.tolist() == TOKENS.tolist()
+
+
+@pytest.mark.parametrize("name, data", [
+    ("a.bin", llm_c_header(num_tokens=4) + bytes(6)),
+    ("a.bin", b"short"),
+    ("a.bin", llm_c_header(version=2) + bytes(6)),
+    ("a.bin", llm_c_header(magic=20240801) + bytes(6)),
+    ("a.npy", b"\x93NUMPY truncated"),
+    ("a.npy", b""),
+    ("a.npy", np.zeros(9, np.int64)),
+    ("a.npy", np.zeros((3, 3), np.uint16)),
+    ("missing.npy", None)])
+def test_open_shard_refuses(tmp_path, name, data):
+    """A file that is no shard is trained on, or ends in a traceback."""
+    if isinstance(data, np.ndarray):
+        np.save(tmp_path / name, data)
+    elif data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}.*python fineweb.py"):
+        open_shard(tmp_path / name)
+
+
+def test_truncated_npy(tmp_path):
+    """A shard that lacks its last token is read."""
+    np.save(tmp_path / "a.npy", np.zeros(100, np.uint16))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data[:-2])
+    with pytest.raises(UserError, match="a.npy.*whole shard"):
+        open_shard(tmp_path / "a.npy")
+
+
+def test_read_meta(tmp_path):
+    """A missing meta.json is an error, or a damaged one is not."""
+    assert read_meta(tmp_path) == {}
+    assert read_meta(tmp_path / "missing") == {}
+    for text in ("{truncated", "3", '"text"'):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(UserError, match="meta.json"):
+            read_meta(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# checksums
+
+
+def save_tokens(path):
+    tokens = np.arange(1000, dtype=np.uint16)
+    save_shard(path, tokens)
+    return shard_checksum(tokens)
+
+
+def test_checksum_is_that_of_the_file(tmp_path):
+    """meta.json is written before the shard, so its checksum is computed and not read."""
+    checksum = save_tokens(tmp_path / "a.npy")
+    assert checksum == f"{zlib.crc32((tmp_path / 'a.npy').read_bytes()):08x}"
+    assert checksum == file_checksum(tmp_path / "a.npy")
+    assert open_shard(tmp_path / "a.npy").tolist() == list(range(1000))
+
+
+def test_checksum_of_a_slice(tmp_path):
+    """A shard is a slice of a longer array, whose other tokens are not its own."""
+    tokens = np.arange(1000, dtype=np.uint16)[100:200]
+    save_shard(tmp_path / "a.npy", tokens)
+    verify_shard(tmp_path / "a.npy", shard_checksum(tokens))
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("place", [128, 1000, 2127])
+def test_verify_shard_finds_a_flipped_bit(tmp_path, place, bit):
+    """One bit changes in the first, a middle or the last token, and training reads it."""
+    path = tmp_path / "a.npy"
+    checksum = save_tokens(path)
+    verify_shard(path, checksum)
+    data = bytearray(path.read_bytes())
+    assert len(data) == 128 + 2 * 1000
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+    assert len(open_shard(path)) == 1000, "the format alone should not show it"
+    with pytest.raises(UserError, match=r"a\.npy: damaged"):
+        verify_shard(path, checksum)
+
+
+def test_verify_shard_without_checksum(tmp_path):
+    """A shard of another program, which has no checksum, is refused, or a truncated one passes."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(llm_c_header() + bytes(6))
+    verify_shard(path)
+    path.write_bytes(llm_c_header() + bytes(4))
+    with pytest.raises(UserError, match="a.bin"):
+        verify_shard(path)
+
+
+def test_read_checksums(tmp_path):
+    """A dataset without meta.json, or with a meta.json without checksums, ends in a traceback."""
+    assert read_checksums(tmp_path) == {}
+    shards = [{"name": "old.npy"}, {"name": "new.npy", "crc32": "00c0ffee"}]
+    (tmp_path / "meta.json").write_text(json.dumps({"shards": shards}))
+    assert read_checksums(tmp_path) == {"new.npy": "00c0ffee"}
+
+
+def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
+    """Python 3.11 parses in one thread at a time: training opened a shard while the check of
+    another began, and ended with "AST constructor recursion depth mismatch"."""
+    path = tmp_path / "a_train_000000.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+
+    def open_often(depth):
+        if depth > 0:  # the parser compares the depths of the calls
+            return open_often(depth - 1)
+        return [len(open_shard(path)) for _ in range(300)]
+
+    thresholds = gc.get_threshold()
+
+    def switch_threads(*_):
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            lengths = [*threads.map(open_often, (1, 40))]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(switch_threads)
+    assert lengths == [[100] * 300] * 2
+
+
+@pytest.mark.parametrize("header", [b"{" * 60, b"(" * 60, b"1e999" + b"9" * 50, b"{'a': \xff}" * 6])
+def test_a_damaged_header_gives_a_line(tmp_path, header):
+    """numpy parses the header as Python: tokenize.TokenError, SyntaxError and others came through
+    as tracebacks."""
+    path = tmp_path / "a_train_000000.npy"
+    np.save(path, np.arange(100, dtype=np.uint16))
+    data = path.read_bytes()
+    path.write_bytes(data[:10] + header + data[10 + len(header):])
+    with pytest.raises(UserError, match="a whole shard"):
+        open_shard(path)
+
+
+@pytest.mark.parametrize("meta", [
+    {"shards": [{"tokens": 3}]}, {"shards": 3}, {"shards": [3]}, {"tokenizer": None},
+    {"tokens": [1, 2]}, {"bytes": {"val": "many"}}, {"settings": {}, "shards": [], "order": None},
+    {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
+])
+def test_a_meta_json_of_another_form(tmp_path, meta):
+    """Damage that leaves valid JSON came through as a KeyError with a traceback."""
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="cannot read .*meta.json"):
+        read_meta(tmp_path)

@@ -1,0 +1,167 @@
+"""The same loss whatever the hardware: processes under torchrun against one, on gloo.
+
+    python -m pytest tests/training/test_distributed.py
+"""
+
+import json
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from subprocess import PIPE, STDOUT, Popen
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, environment, flags, read_log, run
+from torch.distributed import TCPStore
+
+from gptlib.runtime import agree_on_name
+
+# 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
+SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20, "hellaswag_data": "hella.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def hellaswag_data(tmp_path):
+    """Twenty questions in the words of the corpus."""
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
+    with open(tmp_path / "hella.jsonl", "w") as f:
+        for i in range(20):
+            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
+            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
+
+
+def losses(log_dir):
+    """Everything the log tells: train, val and HellaSwag."""
+    log = read_log(log_dir)
+    assert log["hella"].keys() == log["val"].keys()
+    return [float(v) for kind in ("train", "val", "hella") for _, v in sorted(log[kind].items())]
+
+
+@pytest.fixture
+def single(tmp_path, data_root):
+    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root, log_dir="single"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return losses(tmp_path / "single")
+
+
+@pytest.mark.parametrize("nproc,batch_size,total", [(0, 3, 320), (2, 4, 320), (2, 3, 320), (3, 3, 320), (3, 8, 320)])
+def test_losses_are_those_of_one_process(tmp_path, data_root, single, nproc, batch_size, total):
+    """Guards against a loss that depends on the number of processes or the micro-batch."""
+    settings = {**SETTINGS, "batch_size": batch_size, "total_batch_size": total}
+    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path, nproc=nproc)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
+
+
+def test_more_processes_than_rows_and_an_odd_batch(tmp_path, data_root):
+    """Guards against ranks that wait forever for one that has nothing to read."""
+    settings = {**SETTINGS, "total_batch_size": 50, "max_steps": 8}  # two rows of 32 and 18 tokens for three processes
+    found = []
+    for nproc in (0, 3):
+        argv = flags(**settings, data_root=data_root, log_dir=f"log{nproc}")
+        done = run("train_gpt2.py", *argv, cwd=tmp_path, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        found.append(losses(tmp_path / f"log{nproc}"))
+    assert found[0] == pytest.approx(found[1], abs=3e-5)
+
+
+def test_a_run_of_one_process_goes_on_on_two(tmp_path, data_root, single):
+    """Guards against tokens skipped or read twice when the number of processes changes."""
+    first = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--checkpoint_interval=5", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    for path in (tmp_path / "log").glob("model_00010.pt"):
+        path.unlink()
+    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--auto_resume", cwd=tmp_path, nproc=2)
+    assert done.returncode == 0
+    assert "resuming at step 5 of 10, 1,600 tokens" in done.stdout
+    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
+    assert torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["position"] == 3200
+    assert len(torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["rng"]) == 2
+
+
+def test_sigterm_to_torchrun_stops_all_at_the_same_step(tmp_path, data_root):
+    """Guards against ranks that stop at different steps, and then wait for each other."""
+    settings = {**SETTINGS, "max_steps": 2000, "eval_interval": 1000, "checkpoint_interval": 1000}
+    process = Popen(command("train_gpt2.py", *flags(**settings, data_root=data_root), nproc=2), cwd=tmp_path,
+                    env=environment(), text=True, stdout=PIPE, stderr=STDOUT)
+    log = tmp_path / "log" / "log.txt"
+    while process.poll() is None and not (log.exists() and "\n20 train" in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    saved = list((tmp_path / "log").glob("model_*.pt"))
+    assert len(saved) == 1
+    assert "goes on" in output
+    assert int(saved[0].stem[6:]) == max(read_log(tmp_path / "log")["train"]) + 1
+
+
+# -----------------------------------------------------------------------------
+# processes that torchrun starts again: it keeps one store for all starts
+
+JOIN = """
+import torch, torch.distributed
+from gptlib.runtime import distributed
+with distributed():
+    torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.fixture
+def agent_store():
+    """The store of torchrun's agent, which outlives the processes that it starts."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def store_client(server):
+    """A connection of its own: one that waits for a key is blocked meanwhile."""
+    return TCPStore("127.0.0.1", server.port, is_master=False)
+
+
+def agree(server, size):
+    """The name that each rank of one start is told."""
+    with ThreadPoolExecutor(size) as threads:
+        ranks = reversed(range(size))  # rank 0 last: the others ask before it answers
+        told = [threads.submit(agree_on_name, store_client(server), rank, size) for rank in ranks]
+        return [future.result(timeout=60) for future in told]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_each_start_has_a_name_of_its_own(agent_store, size):
+    """Guards against restarted processes that read the addresses of the dead ones and wait for
+    them."""
+    starts = [agree(agent_store, size) for _ in range(3)]
+    for names in starts:
+        assert len(set(names)) == 1, f"the ranks of one start were told {names}"
+    assert len({names[0] for names in starts}) == 3
+
+
+def test_a_restart_ignores_addresses_of_the_dead(agent_store):
+    """Guards against a rank that is taken for present because its predecessor was, killed while it
+    waited."""
+    agent_store.set("start/id_of_rank/1", "killed before rank 0 answered")
+    agent_store.set("start/answer_to/of another", "the name of an earlier start")
+    with ThreadPoolExecutor(1) as thread:
+        rank0 = thread.submit(agree_on_name, store_client(agent_store), 0, 2)
+        agent_store.wait(["start/answer_to/killed before rank 0 answered"])
+        assert not rank0.done(), "rank 0 went on with a dead process"
+        name = agree_on_name(store_client(agent_store), 1, 2)
+        assert rank0.result(timeout=60) == name
+
+
+def test_a_restart_uses_keys_of_its_own(agent_store):
+    """Guards against a process group that is made without the name: nearly all keys of the second
+    start would be those of the first."""
+    n_keys = []
+    for _ in range(2):
+        env = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(agent_store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        ranks = [Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True,
+                       env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], outputs
+        n_keys.append(agent_store.num_keys())
+    first, both = n_keys
+    assert both - first > first / 2, f"{first} keys after the first start, {both} after the second"
