@@ -51,6 +51,7 @@ from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng
                             nondeterministic_algorithms, prepare_attention, prepare_device,
                             resolve_device, resolve_dtype, set_rng, skip_init,
                             without_cudnn_attention)
+from gptlib.inference.kv_cache import KVCache
 from gptlib.inference.sampling import sample_next
 from gptlib.training.step_log import StepLog, update_if_finite
 from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
@@ -73,36 +74,23 @@ class GPTConfig:
     gelu: str = "tanh"  # GPT-2's approximation; "none" is the exact GELU of nanoGPT's checkpoints
 
 
-@dataclass
-class KVCache:
-    """Keys and values of several sequences, one slot each, stored at the position of their token.
+class Causal:
+    """Attention within whole sequences, as in training: a token sees itself and those before it.
 
-    keys, values: for each layer a tensor (slots, n_head, size, head_size); `size` is the longest
-    sequence that fits.
+    The layers ask such an object where the tokens stand and what their queries find. Others have
+    the same methods: CachedAttention for decoding, and Packed for HellaSwag.
     """
-    keys: list
-    values: list
 
-    def narrow(self, first, slots, size):
-        """A view of this cache: `slots` slots from `first` on, up to position `size`."""
-        part = (slice(first, first + slots), slice(None), slice(size))
-        return KVCache([k[part] for k in self.keys], [v[part] for v in self.values])
+    def positions(self, idx):
+        """The positions of tokens idx (B, T): (T,) if they are those of every row, else (B, T)."""
+        return torch.arange(idx.size(1), device=idx.device)
 
-    def append(self, layer, pos, k, v):
-        """Store k, v (B, nh, T, hs) in the B slots, at pos (B, T) or, where it is None, from 0 on.
+    def attend(self, layer, q, k, v, dropout_p):
+        """What queries find in keys and values, all of them (B, nh, T, hs)."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
-        Returns the keys and values to attend to: with pos all that the cache holds,
-        (B, nh, size, hs); without it k and v themselves.
-        """
-        B, _, T, _ = k.size()
-        keys, values = self.keys[layer], self.values[layer]
-        if pos is None:
-            keys[:, :, :T], values[:, :, :T] = k, v
-            return k, v
-        rows = torch.arange(B, device=pos.device)[:, None]  # (B, 1), pairs with pos (B, T)
-        keys[rows, :, pos] = k.transpose(1, 2).to(keys.dtype)
-        values[rows, :, pos] = v.transpose(1, 2).to(values.dtype)
-        return keys, values
+
+CAUSAL = Causal()
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,24 +106,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, pos=None, mask=None):
+    def forward(self, x, attention):
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(self.layer, pos, k, v)  # (B, nh, S, hs)
-        y = self.attend(q.to(k.dtype), k, v, mask)
+        y = attention.attend(self.layer, q, k, v, self.dropout if self.training else 0.0)
         # re-assemble all head outputs side by side
-        y = y.to(q.dtype).transpose(1, 2).contiguous().view(B, T, C)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.resid_dropout(self.c_proj(y))
-
-    def attend(self, q, k, v, mask):
-        """What queries (B, nh, T, hs) find in S keys and values (B, nh, S, hs): (B, nh, T, hs)."""
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
@@ -160,8 +140,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, pos=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, pos, mask)
+    def forward(self, x, attention):
+        x = x + self.attn(self.ln_1(x), attention)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -195,55 +175,34 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None, pos=None, mask=None):
+    def hidden(self, idx, attention=CAUSAL):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
-        With a KVCache of B slots, idx holds only their new tokens, and pos (B, T) the positions of
-        these; each token attends to what its slot holds up to that position. Without pos the slots
-        are filled from 0 on. Without a cache, pos and a boolean mask (B, 1, T, T) of which token
-        attends to which allow rows that hold several sequences.
+        attention: says where these tokens stand and what they attend to. With a cache's, idx holds
+        only the new tokens.
         """
-        B, T = idx.size()
-        limit = self.config.block_size
-        if pos is None and T > limit:
-            raise ValueError(f"a sequence of {T} tokens is longer than the model's block size "
-                             f"{limit}")
-        if pos is not None and mask is None:  # without either, attention is causal
-            S = cache.keys[0].size(2)
-            mask = (torch.arange(S, device=idx.device) <= pos[:, :, None])[:, None]  # (B, 1, T, S)
-        if pos is None:
-            pos_emb = self.transformer.wpe(torch.arange(T, device=idx.device))  # (T, n_embd)
-        else:
-            pos_emb = self.transformer.wpe(pos)  # (B, T, n_embd)
-        x = self.transformer.drop(self.transformer.wte(idx) + pos_emb)  # (B, T, n_embd)
+        pos = attention.positions(idx)  # (T,) or (B, T)
+        if pos.size(-1) > self.config.block_size:
+            raise ValueError(f"a sequence of {pos.size(-1)} tokens is longer than the model's "
+                             f"block size {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache, pos, mask)
+            x = block(x, attention)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None, pos=None, return_logits=True):
+    def forward(self, idx, targets=None, return_logits=True):
         """Logits (B, T, vocab_size) and, with targets (B, T), the mean loss in nats.
 
-        Targets of -1 don't count. With a cache only the new positions are computed, see `hidden`.
-        Training asks for the loss alone: logits that are returned get a gradient too, of zeros, as
-        large as themselves.
+        Targets of -1 don't count. Training asks for the loss alone: logits that are returned get a
+        gradient too, of zeros, as large as themselves.
         """
-        logits = self.lm_head(self.hidden(idx, cache, pos))  # (B, T, vocab_size)
+        logits = self.lm_head(self.hidden(idx))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         flat = logits.view(-1, logits.size(-1))
         loss = F.cross_entropy(flat, targets.reshape(-1), ignore_index=-1)
         return (logits if return_logits else None), loss
-
-    def new_cache(self, slots, size=None, dtype=None):
-        """A KVCache for `slots` sequences of up to `size` tokens (default: the block size)."""
-        c, w = self.config, self.lm_head.weight
-        shape = (slots, c.n_head, size or c.block_size, c.n_embd // c.n_head)
-
-        def zeros():
-            return [torch.zeros(shape, device=w.device, dtype=dtype or w.dtype)
-                    for _ in range(c.n_layer)]
-
-        return KVCache(keys=zeros(), values=zeros())
 
     def flops_per_token(self):
         """FLOPs of training on one token: 6N + 12 n_layer n_embd T.
@@ -304,14 +263,15 @@ def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, t
     """
     B, T = idx.size()
     end = min(T + max_new_tokens, model.config.block_size)
-    cache = model.new_cache(B, end, dtype)
-    new, pos = idx, None  # the whole prompt at first (prefill), then one token at a time
+    cache = KVCache.of_model(model, B, end, dtype)
+    new, attention = idx, cache.from_start()  # the whole prompt at first, then a token at a time
     while idx.size(1) < end:
-        x = model.hidden(new, cache.narrow(0, B, idx.size(1)), pos)  # (B, T or 1, n_embd)
+        x = model.hidden(new, attention)  # (B, T or 1, n_embd)
         logits = model.lm_head(x[:, -1])  # (B, vocab_size)
         new = sample_next(logits[:, :n_vocab], temperature, top_k, top_p, generator)  # (B, 1)
         idx = torch.cat((idx, new), dim=1)
         pos = torch.full((B, 1), idx.size(1) - 1, device=idx.device)
+        attention = cache.narrow(0, B, idx.size(1)).at(pos)
     return idx
 
 

@@ -13,14 +13,20 @@ from gptlib.runtime import compile_model
 _function_numbers = itertools.count()  # of the functions given to torch.compile
 
 
-def next_logits(model, idx, cache, pos=None):
+def next_logits(model, idx, attention):
     """Logits (B, vocab_size) of the token that follows idx (B, T).
 
-    cache: a KVCache of B slots; pos (B, T): the positions of idx in it, None to fill the slots
-    from position 0 on.
+    attention: of a KVCache of B slots, such as cache.at(pos).
     """
-    x = model.hidden(idx, cache, pos)[:, -1]  # (B, n_embd)
+    x = model.hidden(idx, attention)[:, -1]  # (B, n_embd)
     return project_to_logits(model.lm_head, x)
+
+
+def decode(model, idx, cache, pos):
+    """Logits (B, vocab_size) of the token that follows idx (B, 1), which stands at pos (B, 1) in
+    the B slots of the cache.
+    """
+    return next_logits(model, idx, cache.at(pos))
 
 
 def project_to_logits(lm_head, x):
@@ -44,7 +50,7 @@ def has_mixed_product(x):
 class DecodeStep:
     """Feeds each sequence its last token and returns the logits of the next one.
 
-    This one serves every device but CUDA. forward(idx, cache, pos): next_logits of a model,
+    This one serves every device but CUDA. forward(idx, cache, pos): decode of a model,
     perhaps compiled; cache: the KVCache of all slots; last_tokens (slots, 1): the token that was
     sampled last in each slot. With fixed_shapes rows and sizes are rounded up, so that few
     shapes have to be compiled.
@@ -159,11 +165,11 @@ def make_decode_step(forward, cache, last_tokens, device, fixed_shapes):
     return step_class(forward, cache, last_tokens, device, fixed_shapes)
 
 
-def compile_next_logits(model, device):
-    """next_logits of a model under torch.compile; None, with a warning, where no compiler works."""
+def compile_decode(model, device):
+    """decode of a model under torch.compile; None, with a warning, where no compiler works."""
     if device.type == "cpu":
         set_inductor_options_for_few_tokens()
-    forward = types.MethodType(copy_function(next_logits), model)
+    forward = types.MethodType(copy_function(decode), model)
     # checking the guards on the model's modules at every token costs more than compiling gains
     options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
     compiled = compile_model(forward, device, options=options)

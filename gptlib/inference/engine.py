@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gptlib.inference.decode_step import compile_next_logits, make_decode_step, next_logits
+from gptlib.inference.decode_step import compile_decode, decode, make_decode_step, next_logits
 from gptlib.inference.float32_head import Float32Head, can_give_float32
 from gptlib.inference.grouped_attention import group_attention
+from gptlib.inference.kv_cache import KVCache
 from gptlib.inference.packing import can_pack, pack
 from gptlib.inference.prefill_pace import MIN_CHUNK, PASS_COST, PrefillPace
 from gptlib.inference.sampling import SamplingParams, sample_next
@@ -123,7 +124,7 @@ class Engine:
 
         on_cpu = self.device.type == "cpu"
         # on a CPU attention of one query is several times faster in float32, and more accurate
-        self.cache = model.new_cache(slots, dtype=torch.float32 if on_cpu else None)
+        self.cache = KVCache.of_model(model, slots, dtype=torch.float32 if on_cpu else None)
         self.contents = Slots(self.cache, keep=prefix_reuse)
         self.last_tokens = torch.zeros(slots, 1, dtype=torch.int64, device=self.device)
         use_packed = on_cpu and not compile and can_pack(weight.dtype)
@@ -137,8 +138,8 @@ class Engine:
         self.async_depth = depth
 
     def _make_decode_step(self, compile):
-        compiled = compile_next_logits(self.model, self.device) if compile else None
-        return make_decode_step(compiled or self._forward, self.cache, self.last_tokens,
+        compiled = compile_decode(self.model, self.device) if compile else None
+        return make_decode_step(compiled or self._decode_eagerly, self.cache, self.last_tokens,
                                 self.device, fixed_shapes=compiled is not None)
 
     def submit(self, prompt, params=None, **settings):
@@ -349,13 +350,13 @@ class Engine:
         # nearly every prompt has a length of its own
         with without_cudnn_attention(self.device):
             if start == 0:
-                args = idx, self.cache.narrow(slot, 1, self.block_size)
+                attention = self.cache.narrow(slot, 1, self.block_size).from_start()
             else:
                 pos = torch.arange(start, end, device=self.device)[None]  # (1, end - start)
-                args = idx, self.cache.narrow(slot, 1, end), pos
+                attention = self.cache.narrow(slot, 1, end).at(pos)
             if end == len(tokens):
-                return self._forward(*args)
-            self.model.hidden(*args)
+                return next_logits(self.model, idx, attention)
+            self.model.hidden(idx, attention)
 
     def _make_live(self):
         """Let the sequence that has been filled be decoded; returns its slot."""
@@ -399,8 +400,8 @@ class Engine:
             request.pos = 0
             self.waiting.appendleft(request)
 
-    def _forward(self, idx, cache, pos=None):
-        return next_logits(self.model, idx, cache, pos)
+    def _decode_eagerly(self, idx, cache, pos):
+        return decode(self.model, idx, cache, pos)
 
     def _decode_and_sample(self):
         try:
@@ -435,7 +436,7 @@ class Engine:
             cache = self.cache.narrow(slot, 1, pos + 1)
             try:
                 idx = self.last_tokens[slot:slot + 1]
-                self._sample(slot, self._forward(idx, cache, self._to_device([[pos]])))
+                self._sample(slot, self._decode_eagerly(idx, cache, self._to_device([[pos]])))
             except Exception as error:
                 request.fail(error)
                 self._retire(slot)

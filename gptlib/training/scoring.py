@@ -253,6 +253,21 @@ def pack_batch(rows, device):
     return idx, pos, mask, torch.tensor(reads, device=device), torch.tensor(targets, device=device)
 
 
+class Packed:
+    """Attention of rows that hold several sequences: pos (B, T) says where their tokens stand, and
+    the boolean mask (B, 1, T, T) which token attends to which.
+    """
+
+    def __init__(self, pos, mask):
+        self.pos, self.mask = pos, mask
+
+    def positions(self, idx):
+        return self.pos
+
+    def attend(self, layer, q, k, v, dropout_p):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout_p)
+
+
 @torch.no_grad()
 def ending_losses(model, batch, head_rows=512):
     """The loss in nats of every token of every ending: a list of four lists for each example.
@@ -264,7 +279,7 @@ def ending_losses(model, batch, head_rows=512):
     device = model.lm_head.weight.device
     idx, pos, mask, reads, targets = pack_batch(batch, device)
     with without_cudnn_attention(device):
-        x = model.hidden(idx, pos=pos, mask=mask)  # (B, T, n_embd)
+        x = model.hidden(idx, Packed(pos, mask))  # (B, T, n_embd)
     x = x.flatten(0, 1)[reads]  # (N, n_embd): the head is applied only where a loss is read
     losses = []
     for h, t in zip(x.split(head_rows), targets.split(head_rows), strict=True):

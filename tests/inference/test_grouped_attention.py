@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_model import N_VOCAB, drain, make_model, prompts, uncached
 
+from gptlib.inference.kv_cache import KVCache
 from gptlib.inference import grouped_attention
 from gptlib.inference.engine import Engine
 from gptlib.inference.grouped_attention import group_attention, group_rows
@@ -46,7 +47,7 @@ def test_groups_hold_each_row_once_and_whole(call_cost):
 def test_any_grouping_gives_the_models_own_step(monkeypatch):
     """Guards against heads or rows mixed up, and keys written to another place."""
     model = make_model()
-    filled = model.new_cache(5)
+    filled = KVCache.of_model(model, 5)
     for tensor in filled.keys + filled.values:
         torch.nn.init.normal_(tensor)
     pos = torch.tensor([[3], [20], [0], [23], [4]])

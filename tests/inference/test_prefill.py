@@ -11,6 +11,7 @@ import pytest
 import torch
 from byte_model import CONFIG, N_VOCAB, drain, make_model, prompts, uncached
 
+from gptlib.inference.kv_cache import KVCache
 from gptlib.inference import prefix_cache as slots
 from gptlib.inference.engine import PASS_COST, Engine
 from train_gpt2 import GPT
@@ -60,7 +61,7 @@ def check_contents(engine, model):
         tokens = content.tokens() if content and slot >= len(engine.live) else []
         if not tokens:
             continue
-        cache = model.new_cache(1)
+        cache = KVCache.of_model(model, 1)
         model.hidden(torch.tensor([tokens]), cache)
         kept = engine.cache.narrow(slot, 1, len(tokens))
         expected = cache.narrow(0, 1, len(tokens))

@@ -17,6 +17,7 @@ from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
 import train_gpt2
+from gptlib.inference.kv_cache import KVCache
 from gptlib.training import parallel
 from gptlib.data.loader import TokenLoader
 from gptlib.checkpoints.saver import restore_training_state
@@ -114,10 +115,10 @@ def test_a_cache_gives_the_same_logits_as_the_whole_sequence():
     model = scrambled(GPTConfig(*SHAPES[1]))
     idx = torch.randint(257, (2, 20))
     whole, _ = model(idx)
-    cache = model.new_cache(slots=2, size=32)
+    cache = KVCache.of_model(model, slots=2, size=32)
     pos = torch.arange(20).expand(2, 20)
     for a, b in ((0, 7), (7, 8), (8, 9), (9, 20)):  # a prefill, two single tokens, several at once
-        part, _ = model(idx[:, a:b], cache=cache, pos=pos[:, a:b])
+        part = model.lm_head(model.hidden(idx[:, a:b], cache.at(pos[:, a:b])))
         torch.testing.assert_close(part, whole[:, a:b], rtol=1e-4, atol=1e-4)
 
 
@@ -125,11 +126,12 @@ def test_a_cache_keeps_sequences_of_different_lengths_apart():
     """Guards against slots that attend to each other, or to what an earlier sequence left."""
     model = scrambled(GPTConfig(*SHAPES[1]))
     long, short = torch.randint(257, (1, 12)), torch.randint(257, (1, 5))
-    cache = model.new_cache(slots=2, size=16)
+    cache = KVCache.of_model(model, slots=2, size=16)
     padded = torch.cat((long, F.pad(short, (0, 7), value=1)))
-    model(padded, cache=cache, pos=torch.arange(12).expand(2, 12))
+    model.hidden(padded, cache.at(torch.arange(12).expand(2, 12)))
     new = torch.tensor([[3], [4]])
-    logits, _ = model(new, cache=cache, pos=torch.tensor([[12], [5]]))  # overwrites the padding behind `short`
+    # overwrites the padding behind `short`
+    logits = model.lm_head(model.hidden(new, cache.at(torch.tensor([[12], [5]]))))
     for row, prompt in enumerate((long, short)):
         alone, _ = model(torch.cat((prompt, new[row:row + 1]), dim=1))
         torch.testing.assert_close(logits[row, 0], alone[0, -1], rtol=1e-4, atol=1e-4)
