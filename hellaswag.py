@@ -34,8 +34,8 @@ import torch
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
 from gptlib.inference.quantize import QUANTIZE_CHOICES, quantize_int8
-from gptlib.runtime import (distributed, keep_freed_memory, resolve_device, resolve_dtype,
-                            share_from_rank0)
+from gptlib.distributed import distributed, share_from_rank0
+from gptlib.runtime import set_malloc, resolve_device, resolve_dtype
 from gptlib.training.scoring import evaluate, load_examples
 from gptlib.data.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
@@ -80,7 +80,7 @@ def main():
     with distributed() as world:
         device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
         dtype = resolve_dtype(args.dtype, device)
-        keep_freed_memory(device)
+        set_malloc(device, keep=True)
         model, tokenizer = load_model(args.checkpoint_path or args.model_type)
         examples = load_examples(args.data)[:args.limit] if world.rank == 0 else None
         examples = share_from_rank0(examples, world)

@@ -21,7 +21,6 @@ Every flag, with its default: python train_gpt2.py --help
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from dataclasses import asdict, dataclass
 
@@ -30,33 +29,22 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
-from fineweb import prepare
-from gptlib.training import scoring
-from gptlib.training.batch_size import choose_batch_size, memory_errors_told
-from gptlib.checkpoints.formats import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
+from fineweb import find_or_make_shards
+from gptlib import distributed, runtime
+from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.huggingface import export_model
+from gptlib.checkpoints.saver import Saver
+from gptlib.checkpoints.start import Start, load_start
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
-from gptlib.data.shards import list_shards
-from gptlib.data.dev_split import open_splits
-from gptlib.checkpoints.huggingface import export_model
-from gptlib.data.loader import prefetch
-from gptlib.lock import lock_directory
-from gptlib.training.optim import Muon
-from gptlib.training.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
-from gptlib.training.plan import print_plan
-from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
-from gptlib.training.console import Reporter, describe_run, print_run
-from gptlib.checkpoints.saver import BackgroundSaver, check_fit, restore_training_state
-from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
-                            nondeterministic_algorithms, prepare_attention, prepare_device,
-                            resolve_device, resolve_dtype, set_rng, skip_init,
-                            without_cudnn_attention)
+from gptlib.data.loader import open_dataset, prefetch
+from gptlib.data.tokenizer import tokenizer_to_dict
 from gptlib.inference.kv_cache import KVCache
 from gptlib.inference.sampling import sample_next
-from gptlib.training.step_log import StepLog, update_if_finite
-from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
-from gptlib.tuning import parse_tuning
-from gptlib.training.evaluation import evaluate, validation_loss
+from gptlib.lock import lock_directory
+from gptlib.training import console, memory, optim, parallel, presets, scoring
+from gptlib.training.evaluation import Evaluator
+from gptlib.training.run_log import RunLog
 
 # -----------------------------------------------------------------------------
 # the model
@@ -211,7 +199,8 @@ class GPT(nn.Module):
         leaves out the position embedding, which is looked up and never multiplied.
         """
         c = self.config
-        N = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        looked_up = [p for name, p in self.named_parameters() if name.endswith("wpe.weight")]
+        N = count_parameters(self) - sum(p.numel() for p in looked_up)
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
@@ -230,7 +219,7 @@ class GPT(nn.Module):
             state[wpe] = state[wpe][:block_size]
         if dropout is not None:
             config.dropout = dropout
-        with skip_init():
+        with runtime.skip_init():
             model = cls(config)
         try:
             model.load_state_dict(state)
@@ -251,6 +240,10 @@ class GPT(nn.Module):
         Raises UserError where the directory exists already or can't be written.
         """
         export_model(self.config, self.state_dict(), tokenizer or self.tokenizer, directory)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
@@ -281,7 +274,9 @@ def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, t
 
 @dataclass
 class TrainConfig:
-    preset: str = setting("", "a named set of the flags below, such as demo, gpt2 or gpt3-small")
+    # what to train, and from which weights
+    preset: str = setting("", "a named set of the flags below, such as demo, gpt2 or gpt3-small",
+                          section="the model")
     init_from: str = setting("scratch", "scratch, a GPT-2 name, a Hugging Face directory or a "
                              "checkpoint file")
     n_layer: int = setting(12, "transformer blocks", 1)
@@ -289,12 +284,16 @@ class TrainConfig:
     n_embd: int = setting(768, "width of the residual stream", 1)
     block_size: int = setting(1024, "tokens of context", 1)
     dropout: float = setting(0.0, "dropout probability", 0.0, 0.99)
-    data_root: str = setting("edu_fineweb10B", "dataset directory, as fineweb.py writes it")
+    # on which text
+    data_root: str = setting("edu_fineweb10B", "dataset directory, as fineweb.py writes it",
+                             section="the data")
     dev: bool = setting(False, "hold the end of the training text out, and evaluate on it")
     shuffle: bool = setting(False, "permute the windows in the first epoch too, as in later ones")
     total_batch_size: int = setting(524288, "tokens per step, over all processes", 1)
     batch_size: int = setting(64, "sequences per micro-batch and process; 0: all that fit", 0)
-    max_steps: int = setting(19073, "optimizer steps; 19073 are one epoch of 10B tokens", 1)
+    # how it learns
+    max_steps: int = setting(19073, "optimizer steps; 19073 are one epoch of 10B tokens", 1,
+                             section="the optimization")
     warmup_steps: int = setting(715, "steps of linear warm-up, capped at max_steps", 0)
     max_lr: float = setting(None, "learning rate after the warm-up (default: 6e-4; with muon "
                             "1.8e-3 * sqrt(768 / n_embd))", 0.0)
@@ -307,7 +306,9 @@ class TrainConfig:
                              choices=("adamw", "muon"))
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 switches clipping off", 0.0)
-    eval_interval: int = setting(250, "steps between evaluations", 1)
+    seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
+    # how well it does
+    eval_interval: int = setting(250, "steps between evaluations", 1, section="evaluation")
     val_tokens: int = setting(10485760, "tokens of the val split to evaluate on", 1)
     hellaswag_examples: int = setting(10042, "HellaSwag examples per evaluation; 0: none", 0)
     hellaswag_data: str = setting("", "HellaSwag jsonl file (default: download it once)")
@@ -315,18 +316,24 @@ class TrainConfig:
     sample_prompt: str = setting("Hello, I'm a language model,", "text that the samples begin with")
     sample_length: int = setting(32, "tokens per sample, prompt included", 1)
     sample_temperature: float = setting(1.0, "temperature of samples; 0 is greedy", 0.0)
-    log_dir: str = setting("log", "where checkpoints, log.txt, log.jsonl and log.png go")
+    # what it leaves behind, and how it continues
+    log_dir: str = setting("log", "where checkpoints, log.txt, log.jsonl and log.png go",
+                           section="logs and checkpoints")
     log_interval: int = setting(1, "steps between console lines; the files get every step", 1)
+    wandb: bool = setting(False, "log to Weights & Biases as well")
+    tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
     checkpoint_interval: int = setting(1000, "steps between checkpoints", 1)
     keep_checkpoints: int = setting(5, "how many of the newest to keep; 0 keeps all", 0)
     auto_resume: bool = setting(False, "go on from the newest good checkpoint, or start fresh")
     resume: bool = setting(False, "go on from --checkpoint_path")
     checkpoint_path: str = setting("", "the checkpoint of --resume")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    # where it runs
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="the machine")
     dtype: str = setting("auto", "autocast to bfloat16 or float16, or float32 (on CUDA with TF32 "
                          "products); auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
+    deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
                                "as the GPUs of a host; 0: all", 0)
@@ -336,24 +343,14 @@ class TrainConfig:
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
     recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
-    tuning: str = setting("", "to try on GPUs, such as keep_gradients,bucket_mb=100; docs/speed.md")
-    deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
-    seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
-    wandb: bool = setting(False, "log to Weights & Biases as well")
-    tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
-    plan: bool = setting(False, "print memory, time, cost and disk of this run, and exit; no data, "
-                         "no GPU needed")
-    gpus: int = setting(1, "with --plan: how many GPUs, 8 in a host", 1)
-    gpu: str = setting("", "with --plan: the GPU, such as H100 (default: measure this machine)")
-    dollars_per_hour: float = setting(0.0, "price of all GPUs together; 0: not known", 0.0)
 
     def __post_init__(self):
+        self.as_given = asdict(self)  # what a checkpoint keeps: a derived value is derived again
         if self.max_lr is None:
-            self.max_lr = default_max_lr(self.optimizer, self.n_embd)
+            self.max_lr = presets.default_max_lr(self.optimizer, self.n_embd)
         if self.min_lr is None:
             self.min_lr = self.max_lr / 10
         check_settings(self)
-        self.tuned = parse_tuning(self.tuning)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} does not divide by --n_head {self.n_head}: "
                             "make it a multiple")
@@ -368,6 +365,10 @@ class TrainConfig:
                             "give both, or --auto_resume alone")
         self.warmup_steps = min(self.warmup_steps, self.max_steps)
 
+    def layout(self):
+        every = self.recompute_every if self.recompute else 0
+        return parallel.Layout(self.shard, self.shard_ranks, self.reduce_each, every, self.compile)
+
 
 def parse_flags(argv=None):
     """The flags that were given, over those of the preset, as {name: value}.
@@ -377,14 +378,14 @@ def parse_flags(argv=None):
     parser = ArgumentParser(__doc__)
     add_flags(parser, TrainConfig)
     given = vars(parser.parse_args(argv))
-    return {**preset_settings(given), **given}
+    return {**presets.preset_settings(given), **given}
 
 
 # -----------------------------------------------------------------------------
-# the parts of a training step
+# one step of the optimization
 
 
-def configure_optimizers(model, cfg, device, world=World()):
+def configure_optimizers(model, cfg, device, world=distributed.World()):
     """The optimizers of a run: AdamW, and with --optimizer muon also Muon for the hidden matrices.
 
     Tensors of two or more dimensions decay, biases and norms don't. Muon
@@ -407,7 +408,7 @@ def configure_optimizers(model, cfg, device, world=World()):
         return [torch.optim.AdamW([embeddings, layers, vectors], **options)]
     adamw = torch.optim.AdamW([embeddings, vectors], **options)
     layers["params"] = [hidden[name] for name in sorted(hidden)]
-    muon = Muon([layers], world, lr=cfg.max_lr, adjust_lr_fn="match_rms_adamw")
+    muon = optim.Muon([layers], world, lr=cfg.max_lr, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
@@ -424,141 +425,160 @@ def get_lr(step, cfg):
     return cfg.min_lr + coeff * (cfg.max_lr - cfg.min_lr)
 
 
-def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world=World(),
-              interrupted=lambda: False, n_common=math.inf):
-    """One optimizer step on this process's micro-batches (x, y, tokens), at learning rate lr.
+@dataclass
+class Trainer:
+    """Does one step of the optimization after the other."""
+    model: nn.Module  # compiled and distributed
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    device: torch.device
+    tokens_per_step: int  # over all processes
+    grad_clip: float = 1.0
+    world: distributed.World = distributed.World()
 
-    Returns this rank's share of the loss (the shares of all ranks add up to the mean over the
-    step's tokens), and the norm of the whole gradient before clipping: tensors, which on CUDA the
-    device may not have computed yet. If the norm is not finite, the weights stay as they are. If
-    `interrupted()` is true between two micro-batches, the step is given up, nothing has changed,
-    and the result is None. It is asked between the first n_common micro-batches only, those that
-    every rank has: the ranks agree on the answer.
-    """
-    model.train()
-    loss_sum = 0.0
-    for i, (x, y, n) in enumerate(micro_batches):
-        if 0 < i < n_common and interrupted():
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
-            return None
-        # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
-        # ranks exchange them after the last one only; DDP's forward reads this flag too.
-        is_last = i == len(micro_batches) - 1
-        set_gradient_sync(model, is_last or (cfg.shard and cfg.reduce_each))
-        with autocast:
-            _, loss = model(x, y, return_logits=False)
-        # the loss is a mean: weighted by tokens, each token counts the same in a short micro-batch
-        loss = loss * (n / cfg.total_batch_size)
-        loss_sum = loss_sum + loss.detach()
-        # DDP takes the mean of the gradients over the ranks, but their sum is wanted
-        scaler.scale(loss * world.size).backward()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = clip_gradients(model, cfg.grad_clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-    update_if_finite(optimizers, norm)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
-    scaler.update()
-    return loss_sum, norm
+    def step(self, micro_batches, lr, interrupted=lambda: False):
+        """One step on this process's next micro-batches (x, y, tokens, is_last), at rate lr.
 
+        Returns the mean loss over the step's tokens and the norm of the whole gradient before
+        clipping: tensors, which a GPU may not have computed yet. If the norm is not finite the
+        weights stay as they are. If interrupted() is true after a micro-batch, the step is given
+        up, nothing has changed, and the result is None.
+        """
+        self.model.train()
+        rng = runtime.get_rng(self.device)
+        mean_loss = 0.0
+        for x, y, n, is_last in micro_batches:
+            # Backward adds to the gradients that are there, so they sum up over the micro-batches.
+            # The ranks exchange them after the last one only; DDP's forward reads this flag too.
+            parallel.set_gradient_sync(self.model, is_last)
+            with self.autocast:
+                _, loss = self.model(x, y, return_logits=False)
+            # the loss is a mean: weighted by tokens, each token counts the same in any micro-batch
+            loss = loss * (n / self.tokens_per_step)
+            mean_loss = mean_loss + loss.detach()
+            # DDP takes the mean of the gradients over the ranks, but their sum is wanted
+            self.scaler.scale(loss * self.world.size).backward()
+            if is_last:
+                break
+            if interrupted():
+                self.zero_grad()
+                runtime.set_rng(self.device, rng)
+                return None
+        if self.world.size > 1:
+            dist.all_reduce(mean_loss)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = parallel.clip_gradients(self.model, self.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_ratio"]
+            optim.skip_if_not_finite(optimizer, norm)
+            optimizer.step()
+        self.zero_grad()
+        self.scaler.update()
+        return mean_loss, norm
 
-def sample(model, cfg, tokenizer, device, autocast, dtype, rank=0):
-    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights.
-
-    Rank 0 draws them; the others have to call it too, and get none.
-    """
-    if not cfg.num_samples:
-        return []
-    model.eval()
-    prompt = tokenizer.encode_ordinary(cfg.sample_prompt) or [tokenizer.eot_token]
-    idx = torch.tensor([prompt[-cfg.block_size:]] * cfg.num_samples, device=device)  # (B, T)
-    # a generator of its own: sampling must not change what training draws
-    generator = torch.Generator(device).manual_seed(42)
-    with autocast, nondeterministic_algorithms(), without_cudnn_attention(device):
-        if rank > 0:
-            return []
-        idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab,
-                       cfg.sample_temperature, top_k=50, generator=generator, dtype=dtype)
-    return [tokenizer.decode(row) for row in idx.tolist()]
-
-
-def create_model(cfg, checkpoint, tokenizer):
-    """The model that a run starts from: the checkpoint's, or one with random weights."""
-    if checkpoint is not None:
-        check_fit(cfg, checkpoint, tokenizer)
-        return GPT.from_checkpoint(checkpoint, cfg.block_size, cfg.dropout)
-    # 50257 -> 50304: matrix kernels are fastest where the sizes are multiples of a power of two
-    vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64
-    return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
-                         cfg.dropout))
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
 
 # -----------------------------------------------------------------------------
 # the training loop
 
 
-def train(cfg, checkpoint=None, world=World()):
-    """Train as cfg says, from the checkpoint if there is one; returns the last validation loss."""
+def create_model(cfg, start, tokenizer):
+    """The model that a run starts from: the checkpoint's, or one with random weights."""
+    if start.checkpoint:
+        start.check_fit(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.optimizer,
+                        cfg.shard, cfg.data_root, tokenizer)
+        return GPT.from_checkpoint(start.checkpoint, cfg.block_size, cfg.dropout)
+    # 50257 -> 50304: matrix kernels are fastest where the sizes are multiples of a power of two
+    vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64
+    return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                         cfg.dropout))
+
+
+def sample(evaluator, cfg, tokenizer, dtype):
+    """cfg.num_samples texts that continue cfg.sample_prompt, the same for the same weights.
+
+    Rank 0 draws them; the others have to call it too, and get none.
+    """
+    if not cfg.num_samples:
+        return []
+    model, device = evaluator.model.eval(), evaluator.device
+    prompt = tokenizer.encode_ordinary(cfg.sample_prompt) or [tokenizer.eot_token]
+    idx = torch.tensor([prompt[-cfg.block_size:]] * cfg.num_samples, device=device)  # (B, T)
+    # a generator of its own: sampling must not change what training draws
+    generator = torch.Generator(device).manual_seed(42)
+    with evaluator, runtime.nondeterministic_algorithms(), runtime.without_cudnn_attention(device):
+        if evaluator.world.rank > 0:
+            return []
+        idx = generate(model, idx, cfg.sample_length - idx.size(1), tokenizer.n_vocab,
+                       cfg.sample_temperature, top_k=50, generator=generator, dtype=dtype)
+    return [tokenizer.decode(row) for row in idx.tolist()]
+
+
+def open_log(cfg, start, model, data, device, dtype, world, batch_size):
+    """Print what is about to run, and open the log of its course; only rank 0 has the files."""
+    facts = console.describe_run(asdict(cfg), model, device, dtype, world, batch_size,
+                                 data.description, data.tokenizer.name == "gpt2")
+    console.print_run(facts, data.train.n_tokens)
+    run_log = None
+    if world.rank == 0:
+        resumed_at = start.step if start.resumed else None
+        run_log = RunLog(cfg.log_dir, resumed_at, facts, cfg.wandb, cfg.tensorboard)
+    return console.Console(run_log, device, world, cfg.max_steps, cfg.total_batch_size,
+                           model.flops_per_token(), cfg.log_interval, start.step,
+                           data.val_tokens_per_byte)
+
+
+def train(cfg, start=Start(), world=distributed.World()):
+    """Train as cfg says, from `start` on; returns the last validation loss."""
     # device and precision
-    device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
-    dtype = resolve_dtype(cfg.dtype, device)
+    device = runtime.resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
+    dtype = runtime.resolve_dtype(cfg.dtype, device)
     # sharded weights are cast where they are used: the cache would keep whole copies of them
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
                               cache_enabled=not cfg.shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    prepare_device(device, cfg.deterministic)
-    prepare_attention(device, dtype, cfg.block_size)
+    runtime.prepare_device(device, cfg.deterministic, keep_memory=not cfg.shard)
+    runtime.prepare_attention(device, dtype, cfg.block_size)
 
     # data
-    tokenizer = load_tokenizer(cfg.data_root)
-    loader, val_loader, val_tokens_per_byte = open_splits(cfg)
+    data = open_dataset(cfg.data_root, cfg.block_size, cfg.seed, cfg.shuffle, cfg.dev)
+    tokenizer = data.tokenizer
     hellaswag = scoring.load_for_training(cfg.hellaswag_data, cfg.hellaswag_examples, tokenizer,
                                           cfg.block_size, world)
 
     # model and optimizers; the initial weights are the same on every rank
+    layout = cfg.layout()
     torch.manual_seed(cfg.seed)
-    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer),
-                          directory=checkpoint and checkpoint.get("directory"))
+    raw_model = parallel.create_on(device, layout, world,
+                                   lambda: create_model(cfg, start, tokenizer), start.directory)
     optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
-
-    # where the run stands
-    step, position, val_loss, val_step = 0, 0, None, None
-    resumed = checkpoint is not None and "step" in checkpoint
-    if resumed:
-        step, position = checkpoint["step"], checkpoint["position"]
-        val_loss, val_step = checkpoint["val_loss"], checkpoint["val_step"]
-        restore_training_state(checkpoint, optimizers, scaler)
-        if world.rank < len(checkpoint["rng"]):
-            set_rng(device, checkpoint["rng"][world.rank])
-        print0(f"resuming at step {step} of {cfg.max_steps}, {position:,} tokens into the run")
-    if checkpoint is not None:
-        checkpoint.clear()  # main() holds it too, and the weights need not be in memory twice
-    start_step = step
-    batch_size = cfg.batch_size or choose_batch_size(raw_model, cfg, device, autocast, dtype, world)
-    positions = itertools.count(position, cfg.total_batch_size)
-    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
-                                      even=cfg.shard)
-                      for p in positions), device)
+    start.restore(optimizers, scaler, device, world.rank)
+    start.release()  # main() holds it too, and the weights need not be in memory twice
+    step, position, val_loss, val_step = start.step, start.position, start.val_loss, start.val_step
+    batch_size = cfg.batch_size or memory.choose_batch_size(
+        raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)
 
     # The compiled, distributed model trains. The raw model shares its weights, and is evaluated,
     # sampled from and saved.
-    model = train_with(raw_model, cfg, device, world)
-    evaluation = Evaluation(raw_model, autocast, world)
-    loss_of = validation_loss(raw_model, device, batch_size, cfg.compile and not cfg.shard)
-
-    facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
-    print_run(facts, loader.n_tokens)
-    reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
-                        val_tokens_per_byte, tokenizer.name == "gpt2")
-    as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
-    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
-    with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
-          StopSignal(world) as stop_signal):
+    model = parallel.train_with(raw_model, layout, device, world)
+    trainer = Trainer(model, optimizers, scaler, autocast, device, cfg.total_batch_size,
+                      cfg.grad_clip, world)
+    evaluator = Evaluator(raw_model, device, autocast, world, batch_size,
+                          cfg.compile and not cfg.shard)
+    micro_batches = prefetch(data.train.micro_batches(position, cfg.total_batch_size, batch_size,
+                                                      world, tokenizer.n_vocab), device)
+    log = open_log(cfg, start, raw_model, data, device, dtype, world, batch_size)
+    as_directory = cfg.shard and count_parameters(raw_model) > cfg.largest_file
+    saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
+    with (log, saver, contextlib.closing(micro_batches),
+          distributed.StopSignal(world) as stop_signal):
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
@@ -567,68 +587,45 @@ def train(cfg, checkpoint=None, world=World()):
             # once in a while evaluate, and look at what the model writes
             due = step % cfg.eval_interval == 0 or last_step
             if due and step != val_step and not stop:
-                step_log.flush()
-                val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
-                                    evaluation, world, loss_of)
+                log.flush()
+                val_loss = evaluator.validation_loss(data.val, cfg.val_tokens)
                 val_step = step
-                reporter.validation(step, val_loss)
+                log.validation(step, val_loss)
                 if hellaswag:
-                    reporter.hellaswag(step, scoring.evaluate(
-                        raw_model, hellaswag, tokenizer, evaluation, world.rank, world.size))
+                    log.hellaswag(step, scoring.evaluate(
+                        raw_model, hellaswag, tokenizer, evaluator, world.rank, world.size))
                 if step > 0:
-                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, evaluation,
-                                                  dtype, world.rank))
-                reporter.draw()
+                    log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
+                log.draw()
 
             # once in a while write a checkpoint
             due = step % cfg.checkpoint_interval == 0 or last_step or stop
-            if due and step > start_step:
-                step_log.flush()
-                rng = gather_rng(device, world)
+            if due and step > start.step:
+                log.flush()
+                rng = distributed.gather_from_all(runtime.get_rng(device), world)
                 saver.save(dict(
-                    version=CHECKPOINT_VERSION, model=raw_model.state_dict(keep_vars=True),
+                    model=raw_model.state_dict(keep_vars=True),
                     config=asdict(raw_model.config),
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
-                    scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
+                    scaler=scaler.state_dict(), rng=rng, train_config=cfg.as_given,
                     tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
                     val_loss=val_loss, val_step=val_step), wait=last_step or stop)
             if last_step or stop:
                 break
 
             # do one step of the optimization
-            step_log.start()
-            rng_before = get_rng(device)
+            log.step_begins()
             lr = get_lr(step, cfg)
-            n_common = loader.fewest_micro_batches(position, cfg.total_batch_size, batch_size,
-                                                   world.size)
-            result = take_step(model, next(steps), optimizers, scaler, autocast, lr, cfg, world,
-                               stop_signal.on_any_rank, n_common)
+            result = trainer.step(micro_batches, lr, stop_signal.on_any_rank)
             if result is None:  # a signal came between two micro-batches: the step never was
-                set_rng(device, rng_before)
                 continue
             loss, norm = result
-            if world.size > 1:
-                dist.all_reduce(loss)
-            step_log.end(step, loss, lr, norm)
+            log.step_ended(step, loss, lr, norm)
             step += 1
             position += cfg.total_batch_size
 
-    reporter.end(step, position, val_loss)
+    log.end(step, position, val_loss)
     return val_loss
-
-
-def make_demo_data(cfg, world):
-    """Rank 0 makes the demo's dataset, the others wait. UserError where another one is missing."""
-    if cfg.preset != "demo" or cfg.data_root != PRESETS["demo"]["data_root"]:
-        raise UserError(
-            f"no shards in {cfg.data_root!r}. "
-            f"Make them: python fineweb.py --data_root {cfg.data_root}\n"
-            "or see it all work on a small corpus first: python train_gpt2.py --preset demo")
-    print0(f"no shards in {cfg.data_root!r}: making some from the Python standard library of this "
-           "interpreter")
-    if world.rank == 0:
-        prepare(cfg.data_root, source="stdlib", tokenizer="bpe", vocab_size=DEMO_VOCAB_SIZE)
-    any_rank(False, world)  # wait for rank 0
 
 
 def main():
@@ -637,19 +634,17 @@ def main():
     # settings are known.
     early = ("resume", "auto_resume", "checkpoint_path")
     TrainConfig(**{name: value for name, value in flags.items() if name in early})
-    with distributed() as world:
-        checkpoint = load_initial_checkpoint(flags, world)
-        saved = checkpoint["train_config"] if checkpoint else {}
-        cfg = TrainConfig(**{**saved, **flags})
-        if cfg.plan:
-            vocab_size = checkpoint and checkpoint["config"]["vocab_size"]
-            return print_plan(cfg, lambda cfg, t: create_model(cfg, None, t), vocab_size)
-        if not list_shards(cfg.data_root, "train"):
-            make_demo_data(cfg, world)
+    with distributed.join() as world:
+        start = load_start(flags, world, [field.name for field in dataclasses.fields(TrainConfig)])
+        cfg = TrainConfig(**{**start.settings, **flags})
+        if start.step >= cfg.max_steps:
+            return print0(f"nothing to do: the run is at step {start.step} already, and "
+                          f"--max_steps is {cfg.max_steps}")
+        find_or_make_shards(cfg.data_root, cfg.preset == "demo", world)
         # a second run in the same directory is refused: they would overwrite each other's files
         lock = lock_directory(cfg.log_dir) if world.rank == 0 else contextlib.nullcontext()
-        with lock, memory_errors_told(cfg.batch_size):
-            train(cfg, checkpoint, world)
+        with lock, memory.memory_errors_told(cfg.batch_size):
+            train(cfg, start, world)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
 from gptlib.training import scoring
-from gptlib.runtime import keep_freed_memory, resolve_device, resolve_dtype
+from gptlib.runtime import set_malloc, resolve_device, resolve_dtype
 from gptlib.data.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -33,7 +33,7 @@ def hellaswag_contender(args, dtype, plain):
     """GPT-2 (124M) scored by hellaswag.py or by the plain method."""
     device = resolve_device(args.device)
     if not plain:  # as hellaswag.py does
-        keep_freed_memory(device)
+        set_malloc(device, keep=True)
     tokenizer = load_tokenizer("gpt2")
     examples = scoring.load_examples(args.hellaswag_data)[:args.examples]
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from benches.peers import peer_classes
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
 from gptlib.common import log
 from gptlib.data.loader import TokenLoader
-from gptlib.runtime import compile_model, keep_freed_memory, resolve_device, resolve_dtype
+from gptlib.runtime import compile_model, set_malloc, resolve_device, resolve_dtype
 from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 
@@ -43,7 +43,7 @@ def training_ours(args, compile):
     cfg = TrainConfig(block_size=T, batch_size=B, total_batch_size=B * T * micro_steps,
                       n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
                       warmup_steps=0)
-    keep_freed_memory(device)
+    set_malloc(device, keep=True)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     raw_model = GPT(config).to(device)

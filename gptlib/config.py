@@ -14,13 +14,16 @@ from gptlib.common import UserError
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def setting(default, help, low=None, high=None, choices=None, above=None, optional=False):
-    """A dataclass field with what is known about it.
+def setting(default, help, low=None, high=None, choices=None, above=None, optional=False,
+            section=None):
+    """A dataclass field with its help, range and choices.
 
     low, high: the smallest and the largest value allowed; above: the value has to be larger than
-    this one. optional: None is a value too.
+    this one. optional: None is a value too. section: in --help, a title above this field and those
+    that follow it.
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, above=above, optional=optional)
+    metadata = dict(help=help, low=low, high=high, choices=choices, above=above, optional=optional,
+                    section=section)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,8 +51,8 @@ def check_settings(config, label=lambda name: f"--{name}"):
     """Raise UserError for the first field whose value has the wrong type, is out of range or no
     valid choice.
 
-    label: makes of a field's name what the user calls it, such as --port or PORT. Whole numbers
-    become floats where the field is one.
+    label: turns a field's name into what the user typed, such as --port or PORT. A whole number
+    becomes a float if the field is one.
     """
     for field in dataclasses.fields(config):
         name, value = label(field.name), getattr(config, field.name)
@@ -77,17 +80,20 @@ def add_flags(parser, config_class):
     """Add a flag for each field; a boolean takes --name, --no-name and --name=False. Flags not
     given stay unset.
     """
+    group = parser
     for field in dataclasses.fields(config_class):
+        if field.metadata["section"]:
+            group = parser.add_argument_group(field.metadata["section"])
         default = "" if field.default in (None, "") else f" (default: {field.default})"
         help = (field.metadata["help"] + default).replace("%", "%%")
         options = dict(help=help, default=argparse.SUPPRESS)
         if field.type is bool:
-            parser.add_argument(f"--{field.name}", nargs="?", const=True, type=parse_boolean,
-                                metavar="BOOL", **options)
-            parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false",
-                                default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            group.add_argument(f"--{field.name}", nargs="?", const=True, type=parse_boolean,
+                               metavar="BOOL", **options)
+            group.add_argument(f"--no-{field.name}", dest=field.name, action="store_false",
+                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, **options)
+            group.add_argument(f"--{field.name}", type=field.type, **options)
 
 
 def read_environment(config_class, env):

@@ -1,28 +1,17 @@
-"""Where a program runs: processes, devices, precision, compilers, random state, signals."""
+"""Where a program runs: devices, precision, compilers, the allocator's memory, random state."""
 
 import contextlib
 import ctypes
 import os
-import signal
 import subprocess
 import sys
-import time
-import uuid
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from gptlib.attendance import describe_failure, is_failed_exchange
 from gptlib.common import UserError, first_line, warn
-
-# The longest that rank 0 works while the others wait for it: samples, or reading a large
-# checkpoint from a slow disk. A rank that dies or hangs ends the others after this time.
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 # Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that
 # begins another one comes after it.
@@ -30,133 +19,6 @@ PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
     "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
 }
-
-# -----------------------------------------------------------------------------
-# processes
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those of torchrun; alone by default."""
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-
-@contextlib.contextmanager
-def distributed():
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
-    if "RANK" not in os.environ:
-        yield World()
-        return
-    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    # Large pages for large tensors on a CPU, which torch asks for at its first one: a sharded model
-    # frees and takes memory all the time, and with pages of 4 KiB that was a third of its time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
-    # sends to the others
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    options = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        options = dict(rank=rank, world_size=size, store=join_store_of_torchrun(rank, size))
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
-    try:
-        yield World(rank, local_rank, size)
-    except Exception as e:
-        if is_failed_exchange(e):
-            raise UserError(describe_failure(e, rank, size)) from e
-        raise
-    dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
-
-
-def join_store_of_torchrun(rank, size):
-    """The key-value store of torchrun's agent, under a prefix that no earlier processes have used.
-
-    After a failure torchrun starts the processes again with the same store as before
-    (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
-    dead processes, so a process that is faster than its peer tries to connect to a dead one, for
-    up to half a minute, and then fails ("connectFullMesh failed").
-    """
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
-    store.set_timeout(COLLECTIVE_TIMEOUT)
-    return dist.PrefixStore(agree_on_name(store, rank, size), store)
-
-
-def agree_on_name(store, rank, size):
-    """A name that the processes of one start share, and that no earlier start has used.
-
-    TORCHELASTIC_RESTART_COUNT is no such name: it differs between hosts. And the store may hold
-    what earlier processes wrote here. Each process therefore asks under a random id, and rank 0,
-    which chooses the name, answers every id until all have joined.
-    """
-    own_id = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"start/id_of_rank/{rank}", own_id)
-        name = store.get(f"start/answer_to/{own_id}").decode()  # waits for the answer
-        store.add(f"start/joined/{name}", 1)
-        return name
-    name = own_id
-    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    while (joined := store.add(f"start/joined/{name}", 0)) < size - 1:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{joined + 1} of {size} processes have started")
-        for other in range(1, size):
-            key = f"start/id_of_rank/{other}"
-            if store.check([key]):  # it may be the id of a dead process: nobody reads the answer
-                other_id = store.get(key).decode()
-                store.set(f"start/answer_to/{other_id}", name)
-        time.sleep(0.01)
-    return name
-
-
-def any_rank(flag, world):
-    """Whether the flag is true on any rank; every rank has to call it."""
-    if world.size == 1:
-        return flag
-    total = torch.tensor(float(flag))
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return total.item() > 0
-
-
-def share_from_rank0(value, world):
-    """The value that rank 0 has, on every rank; anything that can be pickled."""
-    if world.size == 1:
-        return value
-    message = [value]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the
-    process at once.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, world=World()):
-        self.world = world
-        self.received = False
-        self.previous = {}
-
-    def on_any_rank(self):
-        """Whether a signal came to any rank; every rank has to call it."""
-        return any_rank(self.received, self.world)
-
-    def __enter__(self):
-        for number in self.SIGNALS:
-            self.previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number, frame):
-        self.received = True
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
 
 # -----------------------------------------------------------------------------
 # devices and precision
@@ -192,8 +54,8 @@ def resolve_device(name="auto", local_rank=None):
 
 
 def resolve_dtype(name, device):
-    """The torch.dtype of autocast. auto is bfloat16 where the hardware has it, float16 on older
-    GPUs, else float32.
+    """The torch.dtype of autocast. auto is bfloat16 if the hardware has it, float16 on older GPUs,
+    else float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -206,20 +68,20 @@ def resolve_dtype(name, device):
     return torch.float32
 
 
-def prepare_device(device, deterministic=False):
+def prepare_device(device, deterministic=False, keep_memory=True):
     """Set what holds for the whole process: the current GPU, precision of float32 products,
     determinism, memory.
 
     On a CPU training is always deterministic: compiled code would add up the embedding's
-    gradients in any order. On CUDA it is where `deterministic` is asked for, and then strictly
-    (torch raises an error for a kernel that is not, since with a warning alone flash attention
-    keeps its faster backward pass) and without TF32.
+    gradients in any order. On CUDA it is if `deterministic` is set, and then strictly (torch
+    raises an error for a kernel that is not: with a warning alone, flash attention keeps its
+    faster backward pass) and without TF32.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # TF32 for the products that autocast leaves in float32
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
-    keep_freed_memory(device)
+    set_malloc(device, keep_memory)
     if deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
@@ -227,11 +89,11 @@ def prepare_device(device, deterministic=False):
 
 
 def prepare_attention(device, dtype, block_size):
-    """On a CPU, have short contexts in bfloat16 multiply whole matrices of scores; for the whole
-    process, until the next call.
+    """On a CPU, have attention over short contexts in bfloat16 multiply whole matrices of scores;
+    for the whole process, until the next call.
 
-    torch's flash attention is made for long ones: without it a step of the demo takes an eighth
-    less time. The scores are rounded to bfloat16 before the softmax, and take memory.
+    torch's flash attention is made for long contexts: without it a step of the demo takes an
+    eighth less time. The scores are rounded to bfloat16 before the softmax, and take memory.
     """
     if device.type != "cpu":
         return
@@ -257,9 +119,9 @@ def nondeterministic_algorithms():
 
 @contextlib.contextmanager
 def without_cudnn_attention(device):
-    """Keep attention from using cuDNN where shapes vary; on anything but CUDA this does nothing.
+    """Keep attention from using cuDNN while shapes vary; on anything but CUDA this does nothing.
 
-    cuDNN is the fastest for training, where one shape stays for the whole run. But it makes an
+    cuDNN is the fastest for training, whose shapes stay the same for the whole run. But it makes an
     execution plan for each new shape, and prompts, growing caches and HellaSwag's batches nearly
     always have one. The other backends that are enabled stay so (torch.nn.attention.sdpa_kernel).
     """
@@ -282,35 +144,44 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """FLOP/s of the device's datasheet, or None where it is not known."""
+    """FLOP/s of the device's datasheet, or None if it is not known."""
     for name, tflops in PEAK_TFLOPS.items():
         if name in device_name(device):
             return tflops * 1e12
     return None
 
 
-def keep_freed_memory(device):
-    """On a CPU have glibc's malloc keep freed memory: a step reuses gigabytes, and fresh pages
-    cost a sixth of its time.
+def set_malloc(device, keep):
+    """On a CPU, have glibc's malloc keep freed memory for reuse, or give it back at once.
+
+    A training step reuses gigabytes, and fresh pages cost a sixth of its time. A sharded model
+    gathers and frees its blocks all the time, in tensors of many sizes: kept memory then has holes
+    that none of them fits into, and the process grows to twice what its tensors take.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    if not mallopt:
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+    if keep:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+    else:
+        mallopt(M_MMAP_MAX, 65536)
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 20)
 
 
 def use_one_thread_if_small(model):
-    """Compute with one thread where a step of the model ends before a second one has started."""
+    """Compute with one thread if a step of the model ends before a second one has started."""
     if sum(p.numel() for p in model.parameters()) < 10**7:
         torch.set_num_threads(1)
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options), or the model itself with a warning where a trial shows
-    that no compiler works.
+    """torch.compile(model, **options), or, if a trial shows that no compiler works, the model itself
+    and a warning.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -366,21 +237,12 @@ def preserved_rng(device):
         set_rng(device, state)
 
 
-def gather_rng(device, world):
-    """The random state of every rank, in their order; every rank has to call it."""
-    if world.size == 1:
-        return [get_rng(device)]
-    states = [None] * world.size
-    dist.all_gather_object(states, get_rng(device))
-    return states
-
-
 # -----------------------------------------------------------------------------
 # provenance
 
 
 def git_commit():
-    """The commit of this checkout, or None outside of one."""
+    """The commit of this checkout, or None outside a checkout."""
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True,

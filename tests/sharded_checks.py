@@ -29,14 +29,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from gptlib.checkpoints import directory as checkpoint_directory
 from gptlib.training import optim as muon
 from gptlib.training.batch_size import planned_batch_size
-from gptlib.broadcast import map_leaves
+from gptlib.distributed import map_leaves
 from gptlib.checkpoints.formats import list_checkpoints, load_checkpoint, load_initial_checkpoint
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.training.optim import Muon
 from gptlib.training.parallel import create_on, train_with, whole
 from gptlib.checkpoints.saver import BackgroundSaver, restore_training_state
-from gptlib.runtime import distributed, prepare_device
+from gptlib.distributed import join
+from gptlib.runtime import prepare_device
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 SHAPES = [(64, 32), (32, 64), (5, 7), (2, 9), (64, 32), (1, 3)]  # some with fewer rows than ranks
@@ -478,7 +479,7 @@ def start_from_hugging_face(path, world):
 
 def run_checks(out, names):
     results = {}
-    with distributed() as world:
+    with join() as world:
         for name in names:
             folder = Path(out) / name
             folder.mkdir(exist_ok=True)

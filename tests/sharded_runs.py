@@ -13,11 +13,11 @@ from pathlib import Path
 import conftest  # noqa: F401 - it puts the repository on the path
 import train_gpt2
 from gptlib.checkpoints.formats import load_initial_checkpoint
-from gptlib.runtime import distributed
+from gptlib.distributed import join
 
 
 def run_all(path):
-    with distributed() as world:
+    with join() as world:
         for flags in json.loads(Path(path).read_text()):
             checkpoint = load_initial_checkpoint(flags, world)
             saved = checkpoint["train_config"] if checkpoint else {}

@@ -95,7 +95,7 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from gptlib.checkpoints import formats as checkpoint
-from gptlib.runtime import World
+from gptlib.distributed import World
 
 def held():
     with open("/proc/self/statm") as f:

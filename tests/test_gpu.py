@@ -299,7 +299,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from gptlib.runtime import any_rank, distributed, gather_rng, prepare_device, resolve_device
+from gptlib.distributed import any_rank, join, gather_from_all
+from gptlib.runtime import prepare_device, resolve_device
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
 def steps(device, wrap):
@@ -319,7 +320,7 @@ def wrap_ddp(raw_model, cfg):
     device_ids = [device.index] if device.type == "cuda" else None
     return DDP(torch.compile(raw_model, backend=sys.argv[2]), device_ids=device_ids, **cfg.tuned.ddp_options())
 
-with distributed() as world:
+with join() as world:
     device = resolve_device(sys.argv[1], world.local_rank)
     prepare_device(device)
     total = torch.ones(3, device=device)

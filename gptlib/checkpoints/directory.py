@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from gptlib.broadcast import map_named
+from gptlib.distributed import map_named
 from gptlib.checkpoints.verified_file import load_without_executing
 from gptlib.common import (UserError, crc32_of_file, first_line, sync_directory,
                            write_synced)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from gptlib.broadcast import broadcast_nest, map_leaves
+from gptlib.distributed import broadcast_nest, map_leaves
 from gptlib.checkpoints.directory import (fill_checkpoint, identity_of_directory,
                                          is_checkpoint_directory, read_checkpoint_directory,
                                          remove_directory)
@@ -19,7 +19,7 @@ from gptlib.checkpoints.verified_file import PickledConfig, directory_identity, 
 from gptlib.common import UserError, atomic_write
 from gptlib.checkpoints.huggingface import identity_of_hugging_face, load_hugging_face, locate_model
 from gptlib.training.parallel import whole
-from gptlib.runtime import any_rank, share_from_rank0
+from gptlib.distributed import any_rank, share_from_rank0
 
 CHECKPOINT_VERSION = 1
 MODEL_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")

@@ -12,7 +12,7 @@ from gptlib.checkpoints.formats import (checkpoint_path, copy_to_host, publish_c
 from gptlib.checkpoints.directory import DirectoryWriter, read_tensors, split_sharded
 from gptlib.common import UserError, print0
 from gptlib.training.parallel import shard_like
-from gptlib.runtime import World, any_rank, share_from_rank0
+from gptlib.distributed import World, any_rank, share_from_rank0
 from gptlib.data.tokenizer import tokenizer_to_dict
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gptlib.common import UserError
 from gptlib.data.shards import list_shards, open_shard, read_checksums, verify_shard
-from gptlib.runtime import World
+from gptlib.distributed import World
 
 
 class TokenLoader:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr
 
-from gptlib.runtime import World, resolve_dtype
+from gptlib.distributed import World
+from gptlib.runtime import resolve_dtype
 
 # torch 2.13 gave this function another name
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

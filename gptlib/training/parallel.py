@@ -6,55 +6,75 @@ the optimizer's state, and gathers the weights of a block when that block comput
 loop calls the functions below and is the same for all three.
 """
 
-import ctypes
 import math
-import sys
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from gptlib.checkpoints.directory import read_tensors
 from gptlib.common import UserError
-from gptlib.runtime import any_rank, compile_model
+from gptlib.distributed import own_rows, whole
+from gptlib.runtime import compile_model
+
+# MiB of gradients that DDP exchanges at a time. torch.compile cuts the model into graphs at the end
+# of each bucket: torch's 25 MiB make 15 of GPT-2's, 100 MiB make 6.
+BUCKET_MIB = 100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is laid out over processes and memory.
+
+    shard_ranks: processes that hold one copy between them, 0 for all. reduce_each: add up sharded
+    gradients after each micro-batch. recompute_every: of every n-th block the activations are
+    computed again in the backward pass, 0 for none.
+    """
+    shard: bool = False
+    shard_ranks: int = 0
+    reduce_each: bool = False
+    recompute_every: int = 0
+    compile: bool = True
+
 
 # -----------------------------------------------------------------------------
 # the model that trains
 
 
-def create_on(device, cfg, world, create_model, directory=None):
-    """The model that create_model() makes, on the device, sharded where cfg asks for it.
+def create_on(device, layout, world, create_model, directory=None):
+    """The model that create_model() makes, on the device, sharded if the layout says so.
 
     A sharded model is never whole in memory. It is made on the meta device, which has shapes and
     no numbers. Random weights are drawn one tensor at a time, in the order of an unsharded model,
-    and each rank keeps its rows; weights to start from are mapped, or lie in a checkpoint
+    and each rank keeps its rows. Weights to start from are mapped, or lie in a checkpoint
     directory, and each rank reads its rows.
     """
-    if not cfg.shard:
+    if not layout.shard:
         model = create_model().to(device)
-        recompute_blocks(model, cfg)
+        recompute_blocks(model, layout.recompute_every)
         return model
-    return_freed_memory(device)
-    mesh = shard_mesh(device, world, cfg.shard_ranks)
+    mesh = shard_mesh(device, world, layout.shard_ranks)
     with torch.device("meta"), KeepOwnRows(mesh) as initial, warnings.catch_warnings():
         # load_state_dict warns that copies to the meta device are lost: KeepOwnRows sees them
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         model = create_model()
     rows = {name: initial.rows.get(p) for name, p in model.named_parameters()}
-    recompute_blocks(model, cfg)
-    compile_blocks(model, cfg, device)
+    recompute_blocks(model, layout.recompute_every)
+    if layout.compile:
+        compile_blocks(model, device)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
-    # The embedding and the head are one tensor, so the root holds both. It comes last: it takes
-    # what no block has taken.
+    # The embedding and the head are one tensor, which the root shards with all that is outside of
+    # the blocks. It has to be wrapped last.
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")  # evaluation and sampling call it directly
+    model.reduce_each = layout.reduce_each
     model.to_empty(device=device)
     if directory:
         read_tensors(directory, {f"model.{name}": p for name, p in model.named_parameters()})
@@ -64,15 +84,16 @@ def create_on(device, cfg, world, create_model, directory=None):
 
 
 def shard_mesh(device, world, shard_ranks):
-    """The DeviceMesh over which a model is sharded: one row of all ranks, or, where fewer hold a
-    copy between them, one row for each copy.
+    """The DeviceMesh over which a model is sharded: one row of all ranks or, if fewer hold a copy
+    between them, one row for each copy.
 
-    Raises UserError where the number of ranks does not divide by shard_ranks, or where torchrun
-    has not started this process.
+    Raises UserError if shard_ranks does not divide the number of ranks, or if torchrun has not
+    started this process.
     """
     if not dist.is_initialized():
         raise UserError("--shard needs the processes of torchrun: "
-                        "torchrun --standalone --nproc_per_node=8 train_gpt2.py --shard")
+                        "torchrun --standalone --nproc_per_node=8 train_gpt2.py --shard; "
+                        "--no-shard trains in this process alone")
     n = shard_ranks or world.size
     if world.size % n:
         raise UserError(f"--shard_ranks is {n}, which does not divide {world.size} processes: "
@@ -83,53 +104,37 @@ def shard_mesh(device, world, shard_ranks):
                             mesh_dim_names=("replicate", "shard"))
 
 
-def return_freed_memory(device):
-    """On a CPU have glibc's malloc return large tensors to the system as soon as they are freed:
-    the opposite of runtime.keep_freed_memory.
-
-    A sharded model gathers and frees its blocks all the time, in tensors of many sizes. Memory
-    that is kept for reuse then has holes that none of them fits into, and a rank's resident set
-    grows to twice what its tensors take. Who shards wants the memory, and gives time for it.
-    """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-        mallopt(M_MMAP_MAX, 65536)
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(M_TRIM_THRESHOLD, 1 << 20)
-
-
-def train_with(raw_model, cfg, device, world):
+def train_with(raw_model, layout, device, world):
     """The module whose forward pass trains: compiled, and on several processes distributed.
 
     It shares its weights with raw_model. A sharded model is both at once: its blocks were compiled
     before they were sharded.
     """
-    if cfg.shard:
+    if layout.shard:
         return raw_model
     model = raw_model
-    if cfg.compile:
+    if layout.compile:
         # A short last micro-batch gets a graph of its own (dynamic=False), so that it does not
         # turn every other step into one of dynamic shapes.
-        model = compile_model(raw_model, device, dynamic=False, **cfg.tuned.compile_options())
+        model = compile_model(raw_model, device, dynamic=False)
     if world.size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, **cfg.tuned.ddp_options())
+        # not static_graph: torch 2.13 then fails in the first micro-step that exchanges nothing
+        model = DDP(model, device_ids=device_ids, bucket_cap_mb=BUCKET_MIB,
+                    gradient_as_bucket_view=True)
     return model
 
 
-def recompute_blocks(model, cfg):
-    """Let every n-th block keep its input alone, and compute the rest again in the backward pass.
+def recompute_blocks(model, every):
+    """Let every n-th block keep its input alone, and compute the rest again in the backward pass;
+    0: no block.
 
     Activations then take the memory of one block, for a third more computation
     (arXiv:1604.06174).
     """
-    if not cfg.recompute:
-        return
-    for block in model.transformer.h[::cfg.recompute_every]:
-        block.forward = recomputing(block.forward)
+    if every:
+        for block in model.transformer.h[::every]:
+            block.forward = recomputing(block.forward)
 
 
 def recomputing(forward):
@@ -140,18 +145,15 @@ def recomputing(forward):
     return forward_and_forget
 
 
-def compile_blocks(model, cfg, device):
-    """Compile each block's forward pass. What shards it runs around that, outside of the graph."""
-    if not cfg.compile:
-        return
-    options = cfg.tuned.compile_options()
+def compile_blocks(model, device):
+    """Compile each block's forward pass; what shards the block runs outside of that graph."""
     first, *others = model.transformer.h
     forward = first.forward
-    first.forward = compile_model(forward, device, dynamic=False, **options)
+    first.forward = compile_model(forward, device, dynamic=False)
     if first.forward is forward:  # no compiler works here
         return
     for block in others:
-        block.forward = torch.compile(block.forward, dynamic=False, **options)
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 # -----------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class KeepOwnRows(TorchFunctionMode):
 
     Random numbers are those of an unsharded model of the same seed: the functions of torch.nn.init
     run on whole tensors in CPU memory, one after the other, in the same order. The rows of a
-    tensor that load_state_dict copies are a view of it: where it is mapped, nothing is read yet.
+    tensor that load_state_dict copies are a view of it: if it is mapped, nothing is read yet.
 
     rows: {parameter: this rank's rows}
     """
@@ -191,25 +193,6 @@ class KeepOwnRows(TorchFunctionMode):
         return tensor
 
 
-def own_rows(tensor, mesh):
-    """The rows of a whole tensor that this rank keeps: torch.chunk along the first dimension."""
-    chunks = tensor.chunk(mesh.size(-1))
-    rank = mesh.get_local_rank(mesh.ndim - 1)
-    return chunks[rank] if rank < len(chunks) else tensor[:0]
-
-
-def shard_like(tensor, parameter):
-    """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it, or the
-    tensor itself where the parameter is not sharded or has another shape (a step count). Nothing
-    is copied from an empty tensor on the meta device."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    if not tensor.is_meta:
-        part.to_local().copy_(own_rows(tensor, parameter.device_mesh))
-    return part
-
-
 @torch.no_grad()
 def fill_parameters(model, rows):
     """Copy this rank's rows, {name: tensor}, into the parameters of a sharded model."""
@@ -221,62 +204,17 @@ def fill_parameters(model, rows):
 # a step
 
 
-def set_gradient_sync(model, needed):
-    """Say before a forward pass whether the ranks add up their gradients after its backward pass.
-    """
+def set_gradient_sync(model, is_last):
+    """Before a forward pass: have the ranks add up their gradients after its backward pass, if it
+    is the last micro-batch of a step, or if a sharded model does so after each."""
     if isinstance(model, DDP):
-        model.require_backward_grad_sync = needed
+        model.require_backward_grad_sync = is_last
     elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(needed)
+        model.set_requires_gradient_sync(is_last or model.reduce_each)
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradients down to max_norm (0: not at all); returns the norm that they had, over
-    the whole model, a tensor: on CUDA the host does not wait for it."""
+    """Scale the gradients down to max_norm (0: not at all). Returns the norm that they had over the
+    whole model, a tensor: on CUDA the host does not wait for it."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return whole(norm)
-
-
-def whole(tensor):
-    """The whole of a tensor that may be sharded; then every rank has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class Evaluation:
-    """A context for forward passes of the uncompiled model under autocast, without gradients.
-
-    Every forward pass of a sharded model gathers its weights from all ranks, so all have to run
-    as many. A rank that leaves the context first runs empty ones until the others have left too:
-    validation and HellaSwag give the ranks unequal shares, and rank 0 alone draws samples. Of an
-    unsharded model this is the autocast alone.
-    """
-
-    def __init__(self, model, autocast, world):
-        self.model, self.autocast, self.world = model, autocast, world
-
-    def __enter__(self):
-        self.autocast.__enter__()
-        if isinstance(self.model, FSDPModule):
-            self.eager = torch.compiler.set_stance("force_eager")
-            self.eager.__enter__()
-            self.hidden = self.model.hidden
-            self.model.hidden = self.hidden_on_all_ranks
-
-    def hidden_on_all_ranks(self, *args, **kwargs):
-        any_rank(True, self.world)  # tells those that have left to take part
-        return self.hidden(*args, **kwargs)
-
-    def __exit__(self, *error):
-        if isinstance(self.model, FSDPModule):
-            self.model.hidden = self.hidden
-            if error[0] is None:
-                self.follow_the_others()
-            self.eager.__exit__(*error)
-        self.autocast.__exit__(*error)
-
-    @torch.no_grad()
-    def follow_the_others(self):
-        idx = torch.zeros(1, 1, dtype=torch.int64, device=self.model.lm_head.weight.device)
-        while any_rank(False, self.world):
-            self.hidden(idx)
-        self.model.reshard()

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gptlib.common import UserError, atomic_write, warn
-from gptlib.runtime import share_from_rank0, without_cudnn_attention
+from gptlib.distributed import share_from_rank0
+from gptlib.runtime import without_cudnn_attention
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 CACHE = Path(__file__).resolve().parents[2] / "hellaswag" / "hellaswag_val.jsonl"

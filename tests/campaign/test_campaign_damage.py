@@ -21,7 +21,7 @@ from gptlib.common import UserError
 from gptlib.data.shards import read_checksums, verify_shard
 from gptlib.data.loader import TokenLoader
 from gptlib.training.console import tokens_per_byte
-from gptlib.runtime import World
+from gptlib.distributed import World
 from gptlib.data.tokenizer import load_tokenizer
 
 pytestmark = campaign.marks

@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT, environment
 
 from gptlib.checkpoints import verified_file as checkpoint_file
-from gptlib.broadcast import split_tensors
+from gptlib.distributed import split_tensors
 from gptlib.checkpoints.formats import copy_to_host, load_checkpoint, load_initial_checkpoint, save_checkpoint
 from gptlib.common import UserError
-from gptlib.runtime import World
+from gptlib.distributed import World
 from train_gpt2 import GPT, GPTConfig
 
 SIZES = dict(block_size=8, vocab_size=61, n_layer=1, n_head=1, n_embd=8)
@@ -342,7 +342,7 @@ RANK = """
 import os, sys, torch, json
 import torch.distributed as dist
 from gptlib.checkpoints import formats as checkpoint
-from gptlib.runtime import World
+from gptlib.distributed import World
 rank, store, flags, out, folder = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
 os.chdir(folder)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

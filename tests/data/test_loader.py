@@ -15,7 +15,7 @@ from conftest import TINY, english, flags, run, write_dataset
 from gptlib.common import UserError
 from gptlib.data.shards import file_checksum
 from gptlib.data.loader import TokenLoader, prefetch
-from gptlib.runtime import World
+from gptlib.distributed import World
 from train_gpt2 import GPT, GPTConfig, evaluate
 
 

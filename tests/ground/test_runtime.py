@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptlib import runtime
-from gptlib.runtime import (StopSignal, distributed, nondeterministic_algorithms,
-                            prepare_attention, prepare_device)
+from gptlib.distributed import StopSignal, join
+from gptlib.runtime import nondeterministic_algorithms, prepare_attention, prepare_device
 
 
 def handlers():
@@ -148,6 +148,6 @@ def test_the_process_group_has_an_explicit_timeout(monkeypatch, has_cuda, backen
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
-    with distributed() as world:
+    with join() as world:
         assert world == runtime.World(rank=5, local_rank=1, size=8)
     assert calls == [((backend,), dict(timeout=timedelta(minutes=10)))]

@@ -12,7 +12,7 @@ from conftest import TINY, read_log
 
 from gptlib.training.batch_size import find_batch_size, memory_errors_told
 from gptlib.common import UserError
-from gptlib.runtime import World
+from gptlib.distributed import World
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, command, environment, flags, read_log, run
 from torch.distributed import TCPStore
 
-from gptlib.runtime import agree_on_name
+from gptlib.distributed import agree_on_name
 
 # 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
 SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20, "hellaswag_data": "hella.jsonl"}
@@ -103,8 +103,8 @@ def test_sigterm_to_torchrun_stops_all_at_the_same_step(tmp_path, data_root):
 
 JOIN = """
 import torch, torch.distributed
-from gptlib.runtime import distributed
-with distributed():
+from gptlib.distributed import join
+with join():
     torch.distributed.all_reduce(torch.ones(1))
 """
 

@@ -14,7 +14,7 @@ from gptlib.training.console import Reporter
 from gptlib.training.run_log import RunLog
 from gptlib.common import duration
 from gptlib.training.report_page import code_block, format_report, table, thin_out
-from gptlib.runtime import World
+from gptlib.distributed import World
 
 FACTS = dict(
     config=dict(max_steps=4, total_batch_size=100, dollars_per_hour=36.0, sample_prompt="a | b",

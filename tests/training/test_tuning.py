@@ -57,7 +57,7 @@ import hashlib
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
-from gptlib.runtime import distributed
+from gptlib.distributed import distributed
 
 def train(world, tuning, compiled, optimizer):
     torch.manual_seed(1)

@@ -1,6 +1,6 @@
 """A rank that dies or hangs ends the others in time, with a line that says which it was.
 
-    python -m pytest tests/ground/test_attendance.py
+    python -m pytest tests/ground/test_processes.py
 """
 
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT, environment
 
-from gptlib.attendance import is_failed_exchange
+from gptlib.distributed import is_failed_exchange
 from gptlib.common import UserError
 
 # The ranks meet when all have imported torch, which may take some of them longer than the timeout;
@@ -20,9 +20,9 @@ RANK = """
 import os, signal, socket, sys, time
 from datetime import timedelta
 from pathlib import Path
-from gptlib import runtime
+from gptlib import distributed
 from gptlib.common import run_main
-runtime.COLLECTIVE_TIMEOUT = timedelta(seconds=6)
+distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=6)
 
 def meet(folder, rank):
     (folder / str(rank)).touch()
@@ -41,11 +41,11 @@ def wait_for(paths):
 
 def main():
     meet(Path(sys.argv[2]), int(os.environ["RANK"]))
-    with runtime.distributed() as world:
+    with distributed.join() as world:
         for step in range(1000):
             if step == 20 and world.rank == 1:
                 os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-            runtime.any_rank(False, world)
+            distributed.any_rank(False, world)
 
 run_main(main)
 """

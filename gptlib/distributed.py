@@ -1,0 +1,332 @@
+"""The processes of one run: how torchrun's join, what they exchange, signals, and who is missing.
+
+With one process nothing here communicates: the same code serves a laptop and eight hosts.
+"""
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from gptlib.common import UserError, first_line
+
+# The longest that rank 0 works while the others wait for it: samples, or reading a large
+# checkpoint from a slow disk. A rank that dies or hangs ends the others after this time.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+PATIENCE = 5.0  # seconds within which all ranks that are alive notice the same failure
+POLL_INTERVAL = 0.2
+
+# -----------------------------------------------------------------------------
+# joining
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of torchrun; alone by default."""
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+
+@contextlib.contextmanager
+def join():
+    """Join the processes that torchrun started, if it did, and leave them at the end of the block.
+    """
+    if "RANK" not in os.environ:
+        yield World()
+        return
+    rank, local_rank, size = read_ranks(os.environ)
+    # Large pages for large tensors on a CPU, which torch asks for at its first one: a sharded model
+    # frees and takes memory all the time, and with pages of 4 KiB that was a third of its time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
+    # sends to the others
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    options = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        options = dict(rank=rank, world_size=size, store=join_store_of_torchrun(rank, size))
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
+    try:
+        yield World(rank, local_rank, size)
+    except Exception as e:
+        if is_failed_exchange(e):
+            raise UserError(describe_failure(e, rank, size)) from e
+        raise
+    dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
+
+
+def read_ranks(environment):
+    """(rank, local rank, world size) of torchrun's environment variables.
+
+    Raises UserError if they are incomplete, as some clusters leave them, or not numbers.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    values = [environment.get(name, "") for name in names]
+    if not all(value.isdecimal() for value in values):
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise UserError(f"the environment has {found}: expected three numbers, as torchrun sets "
+                        "them. Start the script with torchrun, or unset RANK for one process")
+    return tuple(map(int, values))
+
+
+def join_store_of_torchrun(rank, size):
+    """The key-value store of torchrun's agent, under a prefix that no earlier processes have used.
+
+    After a failure torchrun starts the processes again with the same store as before
+    (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
+    dead processes, so a process that is faster than its peer tries to connect to a dead one, for
+    up to half a minute, and then fails ("connectFullMesh failed").
+    """
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore(agree_on_name(store, rank, size), store)
+
+
+def agree_on_name(store, rank, size):
+    """A name that the processes of one start share, and that no earlier start has used.
+
+    TORCHELASTIC_RESTART_COUNT is no such name: it differs between hosts. And the store may hold
+    what earlier processes wrote here. Each process therefore asks under a random id, and rank 0,
+    which chooses the name, answers every id until all have joined.
+    """
+    own_id = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"start/id_of_rank/{rank}", own_id)
+        name = store.get(f"start/answer_to/{own_id}").decode()  # waits for the answer
+        store.add(f"start/joined/{name}", 1)
+        return name
+    name = own_id
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while (joined := store.add(f"start/joined/{name}", 0)) < size - 1:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{joined + 1} of {size} processes have started")
+        for other in range(1, size):
+            key = f"start/id_of_rank/{other}"
+            if store.check([key]):  # it may be the id of a dead process: nobody reads the answer
+                other_id = store.get(key).decode()
+                store.set(f"start/answer_to/{other_id}", name)
+        time.sleep(0.01)
+    return name
+
+
+# -----------------------------------------------------------------------------
+# collectives: every rank has to call them
+
+
+def any_rank(flag, world):
+    """Whether the flag is true on any rank; every rank has to call it."""
+    if world.size == 1:
+        return flag
+    total = torch.tensor(float(flag))
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.item() > 0
+
+
+def share_from_rank0(value, world):
+    """The value that rank 0 has, on every rank; anything that can be pickled."""
+    if world.size == 1:
+        return value
+    message = [value]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def gather_from_all(value, world):
+    """Each rank's value, a list in the order of ranks, on every rank. Collective."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+# -----------------------------------------------------------------------------
+# nests of dicts, lists and tensors
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor belongs in a nest whose tensors are sent separately."""
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def map_leaves(nest, function):
+    """The same nest of dicts, lists and tuples, every leaf replaced by function(leaf)."""
+    return map_named(nest, lambda leaf, name: function(leaf))
+
+
+def map_named(nest, function, name=""):
+    """The same, with function(leaf, name): the keys that lead to a leaf, "model.lm_head.weight".
+    """
+    if isinstance(nest, dict):
+        return {key: map_named(value, function, f"{name}{key}.") for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        items = [map_named(value, function, f"{name}{i}.") for i, value in enumerate(nest)]
+        return type(nest)(items)
+    return function(nest, name[:-1])
+
+
+def split_tensors(nest):
+    """(skeleton, tensors): the nest with a TensorPlace for each tensor, and the tensors, shared
+    ones only once."""
+    tensors, places = [], {}
+
+    def replace_tensor(leaf):
+        if not torch.is_tensor(leaf):
+            return leaf
+        key = leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype
+        if leaf.numel() == 0 or key not in places:
+            places[key] = TensorPlace(len(tensors), leaf.shape, leaf.dtype)
+            tensors.append(leaf.detach())
+        return places[key]
+
+    return map_leaves(nest, replace_tensor), tensors
+
+
+def broadcast_nest(nest, rank, keep_own=False):
+    """Rank 0's nest, on every process: called by all of them. Tensors have to lie in CPU memory.
+
+    A process with keep_own takes part, because a broadcast needs all, and returns the nest it came
+    with.
+    """
+    skeleton, tensors = split_tensors(nest) if rank == 0 else (None, [])
+    places = [TensorPlace(i, tensor.shape, tensor.dtype) for i, tensor in enumerate(tensors)]
+    message = [(skeleton, places)]
+    dist.broadcast_object_list(message, src=0)
+    skeleton, places = message[0]
+
+    received = []
+    for place in places:
+        if rank == 0:
+            tensor = tensors[place.index].contiguous()
+        else:
+            tensor = torch.empty(place.shape, dtype=place.dtype)
+        if tensor.numel() > 0:
+            # as bytes: the same for every dtype, including those that gloo does not know
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+        received.append(None if keep_own else tensor)
+    if rank == 0 or keep_own:
+        return nest
+
+    def fill_place(leaf):
+        return received[leaf.index] if isinstance(leaf, TensorPlace) else leaf
+
+    return map_leaves(skeleton, fill_place)
+
+
+# -----------------------------------------------------------------------------
+# sharded tensors
+
+
+def whole(tensor):
+    """The whole of a tensor that may be sharded; then every rank has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor, mesh):
+    """The rows of a whole tensor that this rank keeps: torch.chunk along the first dimension."""
+    chunks = tensor.chunk(mesh.size(-1))
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    return chunks[rank] if rank < len(chunks) else tensor[:0]
+
+
+def shard_like(tensor, parameter):
+    """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it, or the
+    tensor itself where the parameter is not sharded or has another shape (a step count). Nothing
+    is copied from an empty tensor on the meta device."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    if not tensor.is_meta:
+        part.to_local().copy_(own_rows(tensor, parameter.device_mesh))
+    return part
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the
+    process at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, world=World()):
+        self.world = world
+        self.received = False
+        self.previous = {}
+
+    def on_any_rank(self):
+        """Whether a signal came to any rank; every rank has to call it."""
+        return any_rank(self.received, self.world)
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            self.previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        self.received = True
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+# -----------------------------------------------------------------------------
+# who is missing after a failed exchange
+
+
+def is_failed_exchange(error):
+    """Whether an error comes from the exchange of tensors between processes."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
+
+
+def describe_failure(error, rank, size):
+    """What to tell the user on this rank after a failed exchange: which ranks are gone, and why.
+
+    Every rank that is alive has come here for the same reason, and signs in the store through
+    which torchrun's processes have met. Those that do not sign are gone, or hang.
+    """
+    missing = missing_ranks(rank, size)
+    names = ", ".join(map(str, missing))
+    who = f"rank {names} does not answer any more" if missing else "a rank did not answer in time"
+    return (f"rank {rank} of {size} ends: {who} ({first_line(error)}). Look for the first error "
+            "above, or on that host; --auto_resume goes on from the last checkpoint")
+
+
+def missing_ranks(rank, size):
+    """The ranks that do not sign within a few seconds; none where the store can't be reached."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    missing = set(range(size))
+    end = time.monotonic() + PATIENCE
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=False, timeout=timedelta(seconds=PATIENCE))
+        store.set(f"failed/{attempt}/{rank}", "here")
+    except (RuntimeError, KeyError):
+        return []
+    while missing and time.monotonic() < end:
+        try:
+            missing = {r for r in missing if not store.check([f"failed/{attempt}/{r}"])}
+        except RuntimeError:  # the rank that held the store has ended already
+            break
+        time.sleep(POLL_INTERVAL)
+    return sorted(missing)
