@@ -491,8 +491,8 @@ class Trainer:
 def create_model(cfg, start, tokenizer):
     """The model that a run starts from: the checkpoint's, or one with random weights."""
     if start.checkpoint:
-        start.check_fit(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.optimizer,
-                        cfg.shard, cfg.data_root, tokenizer)
+        start.check_fit(tokenizer, cfg.data_root, cfg.optimizer, cfg.shard, n_layer=cfg.n_layer,
+                        n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size)
         return GPT.from_checkpoint(start.checkpoint, cfg.block_size, cfg.dropout)
     # 50257 -> 50304: matrix kernels are fastest where the sizes are multiples of a power of two
     vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64

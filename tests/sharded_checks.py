@@ -28,21 +28,22 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gptlib.checkpoints import directory as checkpoint_directory
 from gptlib.training import optim as muon
-from gptlib.training.batch_size import planned_batch_size
-from gptlib.distributed import map_leaves
-from gptlib.checkpoints.formats import list_checkpoints, load_checkpoint, load_initial_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
-from gptlib.training.memory import estimate_memory, model_sizes
+from gptlib.training.memory import estimate_memory, model_sizes, planned_batch_size
 from gptlib.training.optim import Muon
-from gptlib.training.parallel import create_on, train_with, whole
-from gptlib.checkpoints.saver import BackgroundSaver, restore_training_state
-from gptlib.distributed import join
+from gptlib.training.parallel import create_on, train_with
+from gptlib.checkpoints.saver import Saver, list_checkpoints
+from gptlib.checkpoints.start import load_start
+from gptlib.distributed import join, map_leaves, whole
 from gptlib.runtime import prepare_device
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
+from stepping import take_step
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
 
 SHAPES = [(64, 32), (32, 64), (5, 7), (2, 9), (64, 32), (1, 3)]  # some with fewer rows than ranks
 OPTIONS = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 CPU = torch.device("cpu")
+KNOWN_SETTINGS = [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def expect(condition, text):
@@ -111,7 +112,7 @@ def model_of(world, seed=3, **sizes):
     cfg = TrainConfig(shard=True, compile=False, optimizer="muon")
     config = GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=10), **sizes})
     torch.manual_seed(seed)
-    return create_on(CPU, cfg, world, lambda: GPT(config)), cfg, config
+    return create_on(CPU, cfg.layout(), world, lambda: GPT(config)), cfg, config
 
 
 def initial_weights(world, folder):
@@ -127,7 +128,7 @@ def blocks_give_their_weights_back(world, folder):
     """After the forward pass of a training step each rank has its rows alone again, but for what
     lies outside of the blocks, which the backward pass needs first."""
     model, cfg, config = model_of(world)
-    train_with(model, cfg, CPU, world)
+    train_with(model, cfg.layout(), CPU, world)
     idx = torch.zeros(1, config.block_size, dtype=torch.int64)
     _, loss = model(idx, idx, return_logits=False)
     names = [n for n, p in model.transformer.h.named_parameters() if not isinstance(p, DTensor)]
@@ -163,13 +164,13 @@ def three_losses(world, **flags):
     cfg = TrainConfig(shard=True, total_batch_size=64 * world.size, **flags)
     config = GPTConfig(16, 61, 3, 2, 16)
     torch.manual_seed(5)
-    model = create_on(CPU, cfg, world, lambda: GPT(config))
+    model = create_on(CPU, cfg.layout(), world, lambda: GPT(config))
     optimizers = configure_optimizers(model, cfg, CPU, world)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     x, y = torch.randint(61, (2, 2, 16), generator=torch.Generator().manual_seed(world.rank))
     losses = []
     for _ in range(3):
-        loss, _ = take_step(train_with(model, cfg, CPU, world), [(x, y, 32)] * 2, optimizers, scaler,
+        loss, _ = take_step(train_with(model, cfg.layout(), CPU, world), [(x, y, 32)] * 2, optimizers, scaler,
                             torch.autocast("cpu", enabled=False), 1e-2, cfg, world)
         losses.append(loss.item())
     return losses
@@ -208,7 +209,7 @@ def full_disk(world, folder):
     model, cfg, config = model_of(world)
     optimizers = configure_optimizers(model, cfg, CPU, world)
     one_step(model, optimizers)
-    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver = Saver(folder, 5, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
 
     fsync = os.fsync
@@ -236,7 +237,7 @@ def full_disk(world, folder):
     expect(load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1, "the first is damaged")
 
     # the next ones are saved again, also in place of one of the same name
-    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver = Saver(folder, 5, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
     saver.save(state_of(model, optimizers, config, 3))
     saver.__exit__()
@@ -249,9 +250,9 @@ def separate_disks(world, folder):
     one. It is refused at the start, and where the start did not notice, when it is complete."""
     own = folder / str(world.rank)
     own.mkdir()
-    expect_error(lambda: BackgroundSaver(own, 5, world, as_directory=True),
+    expect_error(lambda: Saver(own, 5, world, as_directory=True),
                  "put --log_dir on a disk that all hosts share")
-    BackgroundSaver(folder, 5, world, as_directory=True)
+    Saver(folder, 5, world, as_directory=True)
     expect(not list(folder.glob(".shared*")), "the probe is still there")
 
     model, cfg, config = model_of(world)
@@ -284,7 +285,7 @@ def training_goes_on(world, folder):
         return write_data(self, plan, planner)
 
     dcp.FileSystemWriter.write_data = slow
-    with BackgroundSaver(folder, 5, world, as_directory=True) as saver:
+    with Saver(folder, 5, world, as_directory=True) as saver:
         saver.save(state_of(model, optimizers, config, 1))
         one_step(model, optimizers)
         changed.set()
@@ -307,7 +308,7 @@ def die_while_saving(world, folder):
     model, cfg, config = model_of(world)
     optimizers = configure_optimizers(model, cfg, CPU, world)
     one_step(model, optimizers)
-    saver = BackgroundSaver(folder, 1, world, as_directory=True)
+    saver = Saver(folder, 1, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
     if world.rank == 1:
         checkpoint_directory.checksum = lambda path: os._exit(9)
@@ -337,7 +338,7 @@ def measured_settings(name, ranks):
 
 def peak_of_steps(world, folder):
     """Each rank writes [resident bytes before, at most during two steps] of each in MEASURED."""
-    prepare_device(CPU)  # as train() does
+    prepare_device(CPU, keep_memory=False)  # as train() does
     cfg, config, _ = measured_settings("embedding", world.size)
     tiny = dataclasses.replace(config, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
     two_steps(cfg, tiny, 1, world)  # loads what Python and torch load once
@@ -352,14 +353,14 @@ def peak_of_steps(world, folder):
 
 
 def two_steps(cfg, config, micro_steps, world):
-    model = create_on(CPU, cfg, world, lambda: GPT(config))
+    model = create_on(CPU, cfg.layout(), world, lambda: GPT(config))
     optimizers = configure_optimizers(model, cfg, CPU, world)
     autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     x, y = torch.randint(config.vocab_size, (2, cfg.batch_size, cfg.block_size))
     for _ in range(2):
         batches = [(x, y, x.numel())] * micro_steps
-        take_step(train_with(model, cfg, CPU, world), batches, optimizers, scaler, autocast, 1e-4,
+        take_step(train_with(model, cfg.layout(), CPU, world), batches, optimizers, scaler, autocast, 1e-4,
                   cfg, world)
 
 
@@ -416,7 +417,7 @@ def memory_of_a_start(world, folder):
     share = 12 * n / world.size
     for step, as_directory in ((1, False), (2, True)):
         with (PeakMemory() as memory,
-              BackgroundSaver(folder, 0, world, as_directory) as saver):
+              Saver(folder, 0, world, as_directory) as saver):
             saver.save(state_of(model, optimizers, config, step), wait=True)
     found = memory.peak / share
     expect(found < 0.5, f"a directory that training waits for is copied first: {found:.2f} shares")
@@ -435,12 +436,12 @@ def memory_of_a_start(world, folder):
 def start_from(path, cfg, world):
     """What train() makes of a checkpoint: the model and the optimizers."""
     flags = dict(resume=True, checkpoint_path=path, shard=True)
-    checkpoint = load_initial_checkpoint(flags, world)
-    model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint),
-                      checkpoint.get("directory"))
+    start = load_start(flags, world, KNOWN_SETTINGS)
+    model = create_on(CPU, cfg.layout(), world, lambda: GPT.from_checkpoint(start.checkpoint),
+                      start.directory)
     optimizers = configure_optimizers(model, cfg, CPU, world)
-    restore_training_state(checkpoint, optimizers, None)
-    return checkpoint, model, optimizers
+    start.restore(optimizers, None, CPU, world.rank)
+    return start, model, optimizers
 
 
 def memory_of_hugging_face(world, folder):
@@ -470,11 +471,11 @@ def write_hugging_face(path, max_shard_size, n_embd):
 
 
 def start_from_hugging_face(path, world):
-    checkpoint = load_initial_checkpoint(dict(init_from=str(path), shard=True), world)
+    start = load_start(dict(init_from=str(path), shard=True), world, KNOWN_SETTINGS)
     cfg = TrainConfig(shard=True, compile=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint))
+        return create_on(CPU, cfg.layout(), world, lambda: GPT.from_checkpoint(start.checkpoint))
 
 
 def run_checks(out, names):

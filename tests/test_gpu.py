@@ -25,15 +25,16 @@ from test_step_log import NoHostWait
 
 import train_gpt2
 from benches.gpu import same_state
-from gptlib.training import batch_size as batch_size_room
-from gptlib.training import scoring
+from gptlib.training import memory, scoring
 from gptlib.inference.engine import Engine
 from gptlib.data.loader import TokenLoader
 from gptlib.runtime import resolve_device
-from gptlib.training.step_log import StepLog
-from gptlib.training.evaluation import validation_loss
+from gptlib.distributed import World
+from gptlib.training.console import Console
+from gptlib.training.evaluation import Evaluator
+from stepping import take_step
 from inference import generate_text
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step, train
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, train
 
 pytestmark = pytest.mark.gpu
 REHEARSAL = os.environ.get("GPU_TESTS_ON") == "cpu"
@@ -197,31 +198,31 @@ def test_a_bad_step_is_skipped_on_the_device(device, optimizer, n_before):
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)
 
 
-class Lines:
-    """Stands in for the Reporter."""
+class Lines(Console):
+    """Keeps what it would report."""
 
-    def __init__(self):
+    def __init__(self, device):
+        super().__init__(None, device, World(), 20, 1, 1, late=True)
         self.lines = []
 
-    def step(self, step, loss, lr, norm, seconds):
+    def _report(self, step, loss, lr, norm, seconds):
         self.lines.append((step, loss, norm, seconds))
 
 
 def test_the_log_reads_each_step_late_and_whole(device):
     """Guards against figures that are read before they have arrived, or of the step after."""
-    reporter = Lines()
     loss = torch.zeros((), device=device)
     work = torch.randn(1000, 1000, device=device)
-    with StepLog(reporter, device, late=True) as log:
+    with Lines(device) as log:
         for step in range(20):
-            log.start()
+            log.step_begins()
             for _ in range(10 if REHEARSAL else 200):
                 work = torch.tanh(work @ work)
             loss = loss + 1 + 0 * work.sum()
-            log.end(step, loss, 0.1, loss * 2)
-            assert len(reporter.lines) == step
-    assert [line[:3] for line in reporter.lines] == [(i, i + 1.0, 2 * i + 2.0) for i in range(20)]
-    assert all(0 < seconds < 60 for *_, seconds in reporter.lines)
+            log.step_ended(step, loss, 0.1, loss * 2)
+            assert len(log.lines) == step
+    assert [line[:3] for line in log.lines] == [(i, i + 1.0, 2 * i + 2.0) for i in range(20)]
+    assert all(0 < seconds < 60 for *_, seconds in log.lines)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -234,12 +235,13 @@ def test_validation_equals_that_of_the_cpu(device, data, compiled):
         torch.nn.init.normal_(p, std=0.2)
     loader = TokenLoader(data, "val", block_size)
     exact = torch.autocast("cpu", enabled=False)
-    wanted = train_gpt2.evaluate(scored, loader, 10**9, 7, torch.device("cpu"), exact)
+    on_cpu = Evaluator(scored, torch.device("cpu"), exact, batch_size=7)
+    wanted = on_cpu.validation_loss(loader, 10**9)
     scored.to(device)
-    loss_of = validation_loss(scored, device, 7, compiled)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        loss = train_gpt2.evaluate(scored, loader, 10**9, 7, device, autocast, loss_of=loss_of)
+        evaluator = Evaluator(scored, device, autocast, batch_size=7, compile=compiled)
+        loss = evaluator.validation_loss(loader, 10**9)
         assert loss == pytest.approx(wanted, rel=tolerance)
 
 
@@ -252,12 +254,13 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")
 """
 KILLED = """
 import os, signal, train_gpt2
-report = train_gpt2.Reporter.step
-def report_and_die(reporter, step, *args):
-    report(reporter, step, *args)
+from gptlib.training.console import Console
+report = Console._report
+def report_and_die(console, step, *args):
+    report(console, step, *args)
     if step == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-train_gpt2.Reporter.step = report_and_die
+Console._report = report_and_die
 train_gpt2.run_main(train_gpt2.main)
 """
 
@@ -299,26 +302,27 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from gptlib.distributed import any_rank, join, gather_from_all
+from gptlib.distributed import any_rank, join
 from gptlib.runtime import prepare_device, resolve_device
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
+from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
 def steps(device, wrap):
     torch.manual_seed(1)
-    cfg = TrainConfig(total_batch_size=256, tuning="keep_gradients,bucket_mb=1")
+    cfg = TrainConfig(total_batch_size=256)
     raw_model = GPT(GPTConfig(16, 64, 2, 2, 128)).to(device)
     optimizers = configure_optimizers(raw_model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    model = wrap(raw_model, cfg)
+    model = wrap(raw_model)
     x, y = torch.randint(64, (2, 8, 16), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16)
-    micro_batches = [(x, y, 128), (y, x, 128)]
-    return [take_step(model, micro_batches, optimizers, scaler, autocast, 1e-3, cfg)[0].item()
-            for _ in range(5)]
+    micro_batches = [(x, y, 128, False), (y, x, 128, True)]
+    trainer = Trainer(model, optimizers, scaler, autocast, device, 256)
+    return [trainer.step(iter(micro_batches), 1e-3)[0].item() for _ in range(5)]
 
-def wrap_ddp(raw_model, cfg):
+def wrap_ddp(raw_model):
     device_ids = [device.index] if device.type == "cuda" else None
-    return DDP(torch.compile(raw_model, backend=sys.argv[2]), device_ids=device_ids, **cfg.tuned.ddp_options())
+    compiled = torch.compile(raw_model, backend=sys.argv[2])
+    return DDP(compiled, device_ids=device_ids, bucket_cap_mb=1, gradient_as_bucket_view=True)
 
 with join() as world:
     device = resolve_device(sys.argv[1], world.local_rank)
@@ -328,7 +332,7 @@ with join() as world:
     backend = dist.get_backend_config()
     assert total.sum().item() == 3 and not any_rank(False, world)
     assert ("nccl" in str(backend)) == (device.type == "cuda"), backend
-    plain, distributed_steps = steps(device, lambda model, cfg: model), steps(device, wrap_ddp)
+    plain, distributed_steps = steps(device, lambda model: model), steps(device, wrap_ddp)
     assert torch.allclose(torch.tensor(plain), torch.tensor(distributed_steps), atol=5e-3)
     print("the steps are equal:", plain[0] > plain[-1])
 """
@@ -386,7 +390,7 @@ def test_two_gpus_give_the_losses_of_one(device, data, tmp_path, tuning):
 def little_memory(device, monkeypatch, n_bytes):
     """Let a process have n_bytes of the device's memory beside what it holds."""
     if device.type != "cuda":
-        monkeypatch.setattr(batch_size_room, "free_host_memory", lambda: n_bytes)
+        monkeypatch.setattr(memory, "free_host_memory", lambda: n_bytes)
         yield
         return
     torch.cuda.empty_cache()

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 import train_gpt2
 from gptlib.inference.kv_cache import KVCache
 from gptlib.training import parallel
+from gptlib.training.evaluation import Evaluator
+from stepping import take_step
 from gptlib.data.loader import TokenLoader
-from gptlib.checkpoints.saver import restore_training_state
+from gptlib.checkpoints.start import Start
 from gptlib.inference.sampling import sample_next
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
-from train_gpt2 import take_step, train
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, generate, get_lr
+from train_gpt2 import train
 from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
 
 CPU, NO_AUTOCAST = torch.device("cpu"), torch.autocast("cpu", enabled=False)
@@ -260,20 +262,6 @@ def test_the_embeddings_learn_at_a_rate_of_their_own(optimizer):
         assert change.median().item() == pytest.approx(expected, rel=0.01), name
 
 
-@pytest.mark.parametrize("shard, exchanges", [(False, [False, True]), (True, [True, True])])
-def test_only_sharded_runs_reduce_after_each_micro_batch(monkeypatch, shard, exchanges):
-    """DDP's ranks may have different numbers of micro-batches: where each is reduced, they wait for
-    each other for ever. Sharded runs fill them up."""
-    flags = []
-    monkeypatch.setattr(train_gpt2, "set_gradient_sync", lambda model, sync: flags.append(sync))
-    cfg = TrainConfig(shard=shard, reduce_each=True, total_batch_size=64)
-    model = GPT(GPTConfig(32, 320, 2, 2, 32))
-    tokens = torch.zeros(1, 32, dtype=torch.long)
-    take_step(model, [(tokens, tokens, 32)] * 2, configure_optimizers(model, cfg, CPU),
-              torch.amp.GradScaler("cpu", enabled=False), NO_AUTOCAST, 1e-3, cfg)
-    assert flags == exchanges
-
-
 def test_optimizer_state_saved_in_other_groups_is_restored():
     """Guards against checkpoints from before --embedding_lr_ratio, whose embeddings were in one
     group with the layers, and against state that comes back to another parameter."""
@@ -288,8 +276,8 @@ def test_optimizer_state_saved_in_other_groups_is_restored():
     saved["param_groups"] = [merged, vectors]
 
     resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), CPU)
-    restore_training_state(dict(optimizer=[saved], scaler={}), [resumed],
-                           torch.amp.GradScaler("cpu", enabled=False))
+    start = Start(optimizer=[saved], scaler={}, resumed=True)
+    start.restore([resumed], torch.amp.GradScaler("cpu", enabled=False), CPU, 0)
     for name, p in model.named_parameters():
         assert torch.equal(resumed.state[p]["exp_avg"], trained.state[p]["exp_avg"]), name
     assert [group["lr_ratio"] for group in resumed.param_groups] == [2.0, 1.0, 1.0]
@@ -303,13 +291,16 @@ def test_validation_is_the_mean_over_the_first_tokens(data_root):
     with torch.no_grad():
         total = sum(F.cross_entropy(model(tokens[None, a:min(a + 32, 1499)])[0][0], tokens[a + 1:min(a + 33, 1500)],
                                     reduction="sum").item() for a in range(0, 1499, 32))
-    args = (torch.device("cpu"), torch.autocast("cpu", enabled=False))
-    whole = evaluate(model, loader, 10**9, 4, *args)
+    def evaluate(n_tokens, batch_size):
+        evaluator = Evaluator(model, CPU, NO_AUTOCAST, batch_size=batch_size)
+        return evaluator.validation_loss(loader, n_tokens)
+
+    whole = evaluate(10**9, 4)
     assert whole == pytest.approx(total / 1499, rel=1e-6)
-    assert evaluate(model, loader, 10**9, 7, *args) == pytest.approx(whole, rel=1e-6)
+    assert evaluate(10**9, 7) == pytest.approx(whole, rel=1e-6)
     with torch.no_grad():
         first = F.cross_entropy(model(tokens[None, :32])[0][0], tokens[1:33]).item()
-    assert evaluate(model, loader, 32, 4, *args) == pytest.approx(first, rel=1e-6)
+    assert evaluate(32, 4) == pytest.approx(first, rel=1e-6)
 
 
 def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
@@ -337,7 +328,7 @@ def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root
     for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
         cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30}, data_root=str(data_root),
                           log_dir=str(tmp_path / "log"))
-        assert train(cfg, None) < 3.0, settings
+        assert train(cfg) < 3.0, settings
 
 
 def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root):
@@ -389,10 +380,11 @@ def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
     saved = scaler(saved_scale is not None, saved_scale or 65536.0).state_dict()
     assert bool(saved) == (saved_scale is not None)
     resumed = scaler(True)
-    restore_training_state(dict(optimizer=[], scaler=saved), [], resumed)
+    start = Start(optimizer=[], scaler=saved, resumed=True)
+    start.restore([], resumed, CPU, 0)
     assert resumed.get_scale() == expected
     # and the other way: float32 ignores the state of a float16 run
-    restore_training_state(dict(optimizer=[], scaler=saved), [], scaler(False))
+    start.restore([], scaler(False), CPU, 0)
 
 
 def test_a_step_given_up_changes_nothing():
@@ -406,7 +398,7 @@ def test_a_step_given_up_changes_nothing():
     autocast = torch.autocast("cpu", enabled=False)
 
     def step(interrupted):
-        return train_gpt2.take_step(model, micro_batches, optimizers, scaler, autocast, 1e-3, cfg,
+        return take_step(model, micro_batches, optimizers, scaler, autocast, 1e-3, cfg,
                                     interrupted=interrupted)
 
     assert step(lambda: False) is not None
@@ -523,4 +515,4 @@ def test_a_run_on_a_gpu_learns(tmp_path, data_root):
     for settings in (dict(compile=False), dict(compile=True), dict(dtype="float16", compile=False)):
         cfg = TrainConfig(**{**TINY, "device": "cuda", "dtype": "auto", "max_steps": 30, **settings},
                           data_root=str(data_root), log_dir=str(tmp_path / "log"))
-        assert train(cfg, None) < 3.0, settings
+        assert train(cfg) < 3.0, settings
