@@ -1,0 +1,1 @@
+"""How text becomes shards, and which tokens a step reads."""

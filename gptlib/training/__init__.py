@@ -1,0 +1,1 @@
+"""What the training loop calls, and what a run leaves behind."""
