@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 from fineweb import prepare
 from gptlib.training import scoring
-from gptlib.training.batch_size import choose_batch_size, memory_errors_told
 from gptlib.checkpoints.formats import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
@@ -41,20 +40,20 @@ from gptlib.data.dev_split import open_splits
 from gptlib.checkpoints.huggingface import export_model
 from gptlib.data.loader import prefetch
 from gptlib.lock import lock_directory
-from gptlib.training.optim import Muon
-from gptlib.training.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
-from gptlib.training.plan import print_plan
+from gptlib.training.memory import choose_batch_size, memory_errors_told
+from gptlib.training.optim import Muon, skip_if_not_finite
+from gptlib.training.parallel import (Evaluation, Layout, clip_gradients, create_on,
+                                      set_gradient_sync, train_with)
 from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
-from gptlib.training.console import Reporter, describe_run, print_run
+from gptlib.training.console import Console, describe_data, describe_run, print_run
 from gptlib.checkpoints.saver import BackgroundSaver, check_fit, restore_training_state
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
                             nondeterministic_algorithms, prepare_attention, prepare_device,
                             resolve_device, resolve_dtype, set_rng, skip_init,
                             without_cudnn_attention)
 from gptlib.inference.sampling import sample_next
-from gptlib.training.step_log import StepLog, update_if_finite
+from gptlib.training.run_log import RunLog
 from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
-from gptlib.tuning import parse_tuning
 from gptlib.training.evaluation import evaluate, validation_loss
 
 # -----------------------------------------------------------------------------
@@ -376,16 +375,10 @@ class TrainConfig:
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
     recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
-    tuning: str = setting("", "to try on GPUs, such as keep_gradients,bucket_mb=100; docs/speed.md")
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
     wandb: bool = setting(False, "log to Weights & Biases as well")
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
-    plan: bool = setting(False, "print memory, time, cost and disk of this run, and exit; no data, "
-                         "no GPU needed")
-    gpus: int = setting(1, "with --plan: how many GPUs, 8 in a host", 1)
-    gpu: str = setting("", "with --plan: the GPU, such as H100 (default: measure this machine)")
-    dollars_per_hour: float = setting(0.0, "price of all GPUs together; 0: not known", 0.0)
 
     def __post_init__(self):
         if self.max_lr is None:
@@ -393,7 +386,6 @@ class TrainConfig:
         if self.min_lr is None:
             self.min_lr = self.max_lr / 10
         check_settings(self)
-        self.tuned = parse_tuning(self.tuning)
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd} does not divide by --n_head {self.n_head}: "
                             "make it a multiple")
@@ -480,7 +472,7 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     for i, (x, y, n) in enumerate(micro_batches):
         if 0 < i < n_common and interrupted():
             for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
+                optimizer.zero_grad(set_to_none=True)
             return None
         # Backward adds to the gradients that are there, so they sum up over the micro-batches. The
         # ranks exchange them after the last one only; DDP's forward reads this flag too.
@@ -499,9 +491,10 @@ def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-    update_if_finite(optimizers, norm)
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
+        skip_if_not_finite(optimizer, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss_sum, norm
 
@@ -579,7 +572,10 @@ def train(cfg, checkpoint=None, world=World()):
     if checkpoint is not None:
         checkpoint.clear()  # main() holds it too, and the weights need not be in memory twice
     start_step = step
-    batch_size = cfg.batch_size or choose_batch_size(raw_model, cfg, device, autocast, dtype, world)
+    layout = Layout(cfg.shard, cfg.shard_ranks, cfg.reduce_each,
+                    cfg.recompute_every if cfg.recompute else 0, cfg.compile)
+    batch_size = cfg.batch_size or choose_batch_size(
+        raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)
     positions = itertools.count(position, cfg.total_batch_size)
     steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
                                       even=cfg.shard)
@@ -591,14 +587,18 @@ def train(cfg, checkpoint=None, world=World()):
     evaluation = Evaluation(raw_model, autocast, world)
     loss_of = validation_loss(raw_model, device, batch_size, cfg.compile and not cfg.shard)
 
-    facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
+    facts = describe_run(asdict(cfg), raw_model, device, dtype, world, batch_size,
+                         describe_data(cfg.data_root), tokenizer.name == "gpt2")
     print_run(facts, loader.n_tokens)
-    reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
-                        val_tokens_per_byte, tokenizer.name == "gpt2")
+    run_log = None
+    if world.rank == 0:
+        run_log = RunLog(cfg.log_dir, step if resumed else None, facts, cfg.wandb, cfg.tensorboard)
+    console = Console(run_log, device, world, cfg.max_steps, cfg.total_batch_size,
+                      raw_model.flops_per_token(), cfg.log_interval, start_step,
+                      val_tokens_per_byte)
     as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
-    with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
-          StopSignal(world) as stop_signal):
+    with console, saver, contextlib.closing(steps), StopSignal(world) as stop_signal:
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
@@ -607,23 +607,23 @@ def train(cfg, checkpoint=None, world=World()):
             # once in a while evaluate, and look at what the model writes
             due = step % cfg.eval_interval == 0 or last_step
             if due and step != val_step and not stop:
-                step_log.flush()
+                console.flush()
                 val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
                                     evaluation, world, loss_of)
                 val_step = step
-                reporter.validation(step, val_loss)
+                console.validation(step, val_loss)
                 if hellaswag:
-                    reporter.hellaswag(step, scoring.evaluate(
+                    console.hellaswag(step, scoring.evaluate(
                         raw_model, hellaswag, tokenizer, evaluation, world.rank, world.size))
                 if step > 0:
-                    reporter.samples(step, sample(raw_model, cfg, tokenizer, device, evaluation,
+                    console.samples(step, sample(raw_model, cfg, tokenizer, device, evaluation,
                                                   dtype, world.rank))
-                reporter.draw()
+                console.draw()
 
             # once in a while write a checkpoint
             due = step % cfg.checkpoint_interval == 0 or last_step or stop
             if due and step > start_step:
-                step_log.flush()
+                console.flush()
                 rng = gather_rng(device, world)
                 saver.save(dict(
                     version=CHECKPOINT_VERSION, model=raw_model.state_dict(keep_vars=True),
@@ -636,7 +636,7 @@ def train(cfg, checkpoint=None, world=World()):
                 break
 
             # do one step of the optimization
-            step_log.start()
+            console.step_begins()
             rng_before = get_rng(device)
             lr = get_lr(step, cfg)
             n_common = loader.fewest_micro_batches(position, cfg.total_batch_size, batch_size,
@@ -649,11 +649,11 @@ def train(cfg, checkpoint=None, world=World()):
             loss, norm = result
             if world.size > 1:
                 dist.all_reduce(loss)
-            step_log.end(step, loss, lr, norm)
+            console.step_ended(step, loss, lr, norm)
             step += 1
             position += cfg.total_batch_size
 
-    reporter.end(step, position, val_loss)
+    console.end(step, position, val_loss)
     return val_loss
 
 
@@ -681,9 +681,6 @@ def main():
         checkpoint = load_initial_checkpoint(flags, world)
         saved = checkpoint["train_config"] if checkpoint else {}
         cfg = TrainConfig(**{**saved, **flags})
-        if cfg.plan:
-            vocab_size = checkpoint and checkpoint["config"]["vocab_size"]
-            return print_plan(cfg, lambda cfg, t: create_model(cfg, None, t), vocab_size)
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files

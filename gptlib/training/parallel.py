@@ -10,6 +10,7 @@ import ctypes
 import math
 import sys
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,26 @@ from torch.utils.checkpoint import checkpoint as checkpoint_activations
 from gptlib.checkpoints.directory import read_tensors
 from gptlib.common import UserError
 from gptlib.runtime import any_rank, compile_model
+
+# Megabytes of gradients that DDP exchanges at a time. Under torch.compile the model is cut into
+# graphs where a bucket ends: 25 MiB make 15 graphs of GPT-2's, 100 MiB make 6.
+BUCKET_MB = 100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on its devices and is computed there.
+
+    shard: whether the ranks divide it among them; shard_ranks: how many hold one copy (0: all);
+    reduce_each: whether gradients are reduced after each micro-batch; recompute_every: of every
+    n-th block the activations are recomputed (0: of none).
+    """
+    shard: bool = False
+    shard_ranks: int = 0
+    reduce_each: bool = False
+    recompute_every: int = 0
+    compile: bool = True
+
 
 # -----------------------------------------------------------------------------
 # the model that trains
@@ -113,10 +134,11 @@ def train_with(raw_model, cfg, device, world):
     if cfg.compile:
         # A short last micro-batch gets a graph of its own (dynamic=False), so that it does not
         # turn every other step into one of dynamic shapes.
-        model = compile_model(raw_model, device, dynamic=False, **cfg.tuned.compile_options())
+        model = compile_model(raw_model, device, dynamic=False)
     if world.size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, **cfg.tuned.ddp_options())
+        model = DDP(model, device_ids=device_ids, bucket_cap_mb=BUCKET_MB,
+                    gradient_as_bucket_view=True)
     return model
 
 
@@ -144,14 +166,13 @@ def compile_blocks(model, cfg, device):
     """Compile each block's forward pass. What shards it runs around that, outside of the graph."""
     if not cfg.compile:
         return
-    options = cfg.tuned.compile_options()
     first, *others = model.transformer.h
     forward = first.forward
-    first.forward = compile_model(forward, device, dynamic=False, **options)
+    first.forward = compile_model(forward, device, dynamic=False)
     if first.forward is forward:  # no compiler works here
         return
     for block in others:
-        block.forward = torch.compile(block.forward, dynamic=False, **options)
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 # -----------------------------------------------------------------------------
