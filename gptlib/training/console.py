@@ -1,64 +1,139 @@
-"""What a run tells on the way: lines on the console and records in its log, on rank 0 alone."""
+"""What a run reports on the way: lines on the console and records in its log, on rank 0 alone."""
 
+import contextlib
 import math
 import os
 import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from gptlib.common import duration, first_line, print0
-from gptlib.data.shards import read_meta
-from gptlib.training.run_log import RunLog
+from gptlib.common import UserError, duration, first_line, print0
 from gptlib.runtime import device_name, git_commit, peak_flops
 
+MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
 
-class Reporter:
-    """Prints and logs the course of a run. Every rank has one; only that of rank 0 prints and
-    writes.
 
-    facts: what the log's first record says beside the settings. resumed_at: the step that the run
-    goes on from, None for a fresh start. tokens_per_byte: of the val split, None where it is not
-    known.
+# -----------------------------------------------------------------------------
+# the course of a run
+
+
+class Console:
+    """Prints and logs the course of a run. Every rank has one; only rank 0's prints and writes.
+
+    On CUDA a step is reported while the device computes the next one (`late`): reading its loss at
+    once would make the host wait, and then the device, until the host has queued another step.
+    Elsewhere a step is reported at once. A context manager: leaving it, even by an error, reports
+    the last step, notes the error in the log and closes the log.
     """
 
-    def __init__(self, cfg, model, facts, device, world, resumed_at,
-                 tokens_per_byte=None, gpt2_tokens=True):
-        self.cfg, self.device, self.world = cfg, device, world
-        self.flops_per_token, self.peak = model.flops_per_token(), peak_flops(device)
-        self.tokens_per_byte, self.gpt2_tokens = tokens_per_byte, gpt2_tokens
-        self.began, self.first_step = time.perf_counter(), None
-        self.steps_done = resumed_at or 0
-        is_master = world.rank == 0
-        facts = {**facts, "gpt2_tokens": gpt2_tokens}
-        self.log = RunLog(cfg, resumed_at, facts) if is_master else None
-        self.bar = tqdm(total=cfg.max_steps, initial=resumed_at or 0, desc="training", unit="step",
-                        dynamic_ncols=True, disable=None if is_master else True)
+    def __init__(self, run_log, device, world, max_steps, tokens_per_step, flops_per_token,
+                 log_interval=1, start_step=0, tokens_per_byte=None, late=None):
+        """run_log: a RunLog, or None on all ranks but 0. start_step: the step that a resumed run
+        continues at. tokens_per_byte: of the val split, None if it is not known.
+        """
+        self.log, self.device, self.world = run_log, device, world
+        self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device)
+        self.log_interval, self.tokens_per_byte = log_interval, tokens_per_byte
+        self.late = device.type == "cuda" if late is None else late
+        self.pending = None  # the figures of a step that is not reported yet
+        self.bad_steps = 0
+        self.began, self.first_report = time.perf_counter(), None
+        self.steps_done = start_step
+        self.bar = tqdm(total=max_steps, initial=start_step, desc="training", unit="step",
+                        dynamic_ncols=True, disable=None if run_log else True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, error_type, error, traceback):
+        if error_type is None:
+            self.flush()
+        else:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.flush()
         self.bar.close()
-        if not self.log:
-            return
-        if error_type:
-            self._end(self.steps_done, error=first_line(error))
-        self.log.close()
-
-    def _write(self, step, kind, **values):
         if self.log:
-            elapsed = time.perf_counter() - self.began
-            self.log.write(step, kind, **values, elapsed=round(elapsed, 2))
+            if error_type:
+                self._log_end(self.steps_done, error=first_line(error))
+            self.log.close()
+
+    def step_begins(self):
+        """Note when a step begins."""
+        self.step_began = time_mark(self.device)
+
+    def step_ended(self, step, loss, lr, norm):
+        """Take the loss and norm of a step, tensors of one value, once the step is queued.
+
+        Raises UserError after ten steps in a row whose norm is not finite.
+        """
+        loss, norm = (value.to("cpu", non_blocking=self.late) for value in (loss, norm))
+        earlier = self.pending
+        self.pending = (step, loss, lr, norm, self.step_began, time_mark(self.device))
+        if not self.late:
+            self.flush()
+        elif earlier:
+            self._read_and_report(*earlier)
+
+    def flush(self):
+        """Report the pending step, so that whatever is logged next follows in order."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            self._read_and_report(*pending)
+
+    def _read_and_report(self, step, loss, lr, norm, began, ended):
+        seconds = seconds_between(began, ended)  # also waits until the copies have arrived
+        loss, norm = loss.item(), norm.item()
+        self._report(step, loss, lr, norm, seconds)
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps == MAX_BAD_STEPS:
+            self.pending = None  # the run stops here, though the device has begun another step
+            raise UserError(
+                f"stopped at step {step}: the gradient norm was not finite ten steps in a row. "
+                "Start again from the last checkpoint with a smaller --max_lr, or look at the "
+                "data")
+
+    def _report(self, step, loss, lr, norm, seconds):
+        tokens_per_second = self.tokens_per_step / seconds
+        mfu = None
+        if self.peak_flops:
+            achieved = tokens_per_second * self.flops_per_token
+            mfu = achieved / (self.peak_flops * self.world.size)
+        if not math.isfinite(norm):
+            print0(f"step {step:5d} | warning: the gradient norm is {norm}, the update is skipped")
+        if step % self.log_interval == 0:
+            line = (f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                    f"dt: {seconds * 1000:.2f}ms | tok/sec: {tokens_per_second:.2f}")
+            line += f" | mfu: {mfu:.2%}" if mfu else ""
+            print0(line + self._time_left(step))
+        self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
+                    tokens_per_second=tokens_per_second, mfu=mfu,
+                    memory_mib=peak_gpu_memory(self.device))
+        self.steps_done = step + 1
+        self.bar.update()
+
+    def _time_left(self, step):
+        """The end of a console line that says how long the rest of the run takes.
+
+        It is computed from the time of the steps so far. Evaluations between them count. The first
+        step does not, because it compiles.
+        """
+        now = time.perf_counter()
+        if self.first_report is None:
+            self.first_report = step, now
+        first, began = self.first_report
+        left = self.max_steps - step - 1
+        if step == first or left == 0:
+            return ""
+        return f" | {duration((now - began) / (step - first) * left)} left"
 
     def validation(self, step, loss):
-        """Report a validation loss in nats per token; also in bits per byte, where the bytes are
-        known.
+        """Report a validation loss in nats per token, and in bits per byte if the bytes are known.
         """
         bits, shown = {}, ""
         if self.tokens_per_byte:
@@ -74,6 +149,7 @@ class Reporter:
         self._write(step, "hella", acc_norm=scores["acc_norm"], acc=scores["acc"])
 
     def samples(self, step, texts):
+        """Report what the model has written."""
         for text in texts:
             print0(f"sample: {text}")
         if self.log and texts:
@@ -82,70 +158,74 @@ class Reporter:
     def draw(self):
         """Redraw log.png and report.md."""
         if self.log:
-            self.log.draw(gpt2_tokens=self.gpt2_tokens)
+            self.log.draw()
             self.log.write_report()
 
-    def step(self, step, loss, lr, norm, seconds):
-        """Report a step of the optimization that took so many seconds."""
-        tokens_per_second = self.cfg.total_batch_size / seconds
-        mfu = None
-        if self.peak:
-            mfu = tokens_per_second * self.flops_per_token / (self.peak * self.world.size)
-        if not math.isfinite(norm):
-            print0(f"step {step:5d} | warning: the gradient norm is {norm}, the update is skipped")
-        if step % self.cfg.log_interval == 0:
-            line = (f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                    f"dt: {seconds * 1000:.2f}ms | tok/sec: {tokens_per_second:.2f}")
-            line += f" | mfu: {mfu:.2%}" if mfu else ""
-            print0(line + self._time_left(step))
-        self._write(step, "train", loss=loss, lr=lr, norm=norm, ms=seconds * 1000,
-                    tokens_per_second=tokens_per_second, mfu=mfu,
-                    memory_mib=peak_gpu_memory(self.device))
-        self.steps_done = step + 1
-        self.bar.update()
-
-    def _time_left(self, step):
-        """What a console line says of the time to the end, from what steps took so far.
-
-        Evaluations between the steps count. The first step does not: it compiles.
-        """
-        now = time.perf_counter()
-        if self.first_step is None:
-            self.first_step = step, now
-        first, began = self.first_step
-        left = self.cfg.max_steps - step - 1
-        if step == first or left == 0:
-            return ""
-        return f" | {duration((now - began) / (step - first) * left)} left"
-
-    def _end(self, step, **values):
-        elapsed = time.perf_counter() - self.began
-        self.log.note(step, "end", elapsed=round(elapsed, 2), **values)
-        self.log.write_report()
-
     def end(self, step, position, val_loss):
-        """Report where a run has ended: `position` is in tokens."""
+        """Report where a run has ended; position is in tokens."""
         if self.log:
-            self._end(step)
-        if step < self.cfg.max_steps:
-            print0(f"stopped after {step} of {self.cfg.max_steps} steps; --auto_resume goes on")
+            self._log_end(step)
+        if step < self.max_steps:
+            print0(f"stopped after {step} of {self.max_steps} steps; --auto_resume goes on")
             return
         shown = "" if val_loss is None else f", val loss {val_loss:.4f}"
         print0(f"done: {step} steps, {position:,} tokens{shown}")
 
+    def _elapsed(self):
+        return round(time.perf_counter() - self.began, 2)
 
-def describe_run(cfg, model, device, dtype, world, batch_size):
-    """The facts of the log's first record: what a reader needs to run the same again."""
+    def _write(self, step, kind, **values):
+        if self.log:
+            self.log.write(step, kind, **values, elapsed=self._elapsed())
+
+    def _log_end(self, step, **values):
+        self.log.note(step, "end", elapsed=self._elapsed(), **values)
+        self.log.write_report()
+
+
+def time_mark(device):
+    """A point in the device's time: an event in its queue on CUDA, elsewhere the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(first, second):
+    """Seconds between two time marks; waits until the device has reached the second one."""
+    if isinstance(second, float):
+        return second - first
+    second.synchronize()
+    return first.elapsed_time(second) / 1000
+
+
+def peak_gpu_memory(device):
+    """MiB that tensors have taken on the GPU at most, or None on any other device."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+# -----------------------------------------------------------------------------
+# the facts of a run
+
+
+def describe_run(settings, model, device, dtype, world, batch_size, data, gpt2_tokens=True):
+    """The facts of the log's first record: what a reader needs to run the same again.
+
+    settings: the run's flags as a dict; data: the dataset in a line; gpt2_tokens: whether the
+    tokens are GPT-2's, so that losses can be compared with published ones.
+    """
     return dict(
-        config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()),
+        config=settings, parameters=sum(p.numel() for p in model.parameters()),
         git_commit=git_commit(), torch=torch.__version__, device=device_name(device),
         dtype=str(dtype), world_size=world.size, batch_size=batch_size,
         vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=describe_command(), machine=describe_machine(), data=describe_data(cfg.data_root))
+        command=describe_command(), machine=describe_machine(), data=data,
+        gpt2_tokens=gpt2_tokens)
 
 
 def describe_command():
-    """The command line of this run, as one would type it again, torchrun included."""
+    """The command line of this run as one would type it again, torchrun included."""
     environment = os.environ
     command = "python"
     if "RANK" in environment:
@@ -166,8 +246,26 @@ def describe_machine():
     return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", system]))
 
 
+def print_run(facts, n_tokens):
+    """Print in one line what is about to run: model, devices, precision, data and micro-batches."""
+    settings = facts["config"]
+    tokens_per_micro_step = facts["batch_size"] * settings["block_size"] * facts["world_size"]
+    micro_batches = math.ceil(settings["total_batch_size"] / tokens_per_micro_step)
+    dtype = facts["dtype"].removeprefix("torch.")
+    millions = facts["parameters"] / 1e6
+    print0(f"{millions:.1f}M parameters on {facts['world_size']} x {facts['device']}, {dtype}, "
+           f"{n_tokens:,} training tokens, "
+           f"micro-batches of {facts['batch_size']} x {settings['block_size']}, "
+           f"{micro_batches} a step and process")
+
+
+# -----------------------------------------------------------------------------
+# the dataset: moves to gptlib/data
+
+
 def describe_data(data_root):
-    """The dataset in one line: where it is, its source and size."""
+    """The dataset in one line: its place, source and size."""
+    from gptlib.data.shards import read_meta
     meta = read_meta(data_root)
     parts = [str(data_root)]
     if "source" in meta:
@@ -179,29 +277,9 @@ def describe_data(data_root):
     return ", ".join(parts)
 
 
-def print_run(facts, n_tokens):
-    """Print in one line what is about to run."""
-    cfg = facts["config"]
-    tokens_per_micro_step = facts["batch_size"] * cfg["block_size"] * facts["world_size"]
-    micro_batches = math.ceil(cfg["total_batch_size"] / tokens_per_micro_step)
-    dtype = facts["dtype"].removeprefix("torch.")
-    millions = facts["parameters"] / 1e6
-    print0(f"{millions:.1f}M parameters on {facts['world_size']} x {facts['device']}, {dtype}, "
-           f"{n_tokens:,} training tokens, "
-           f"micro-batches of {facts['batch_size']} x {cfg['block_size']}, "
-           f"{micro_batches} a step and process")
-
-
-def peak_gpu_memory(device):
-    """MiB that tensors took on the GPU at most, or None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-
-
 def tokens_per_byte(data_root, split):
-    """Tokens for each byte of text in a split, which makes bits per byte of nats per token.
-
-    None where meta.json does not tell.
-    """
+    """Tokens for each byte of text in a split, or None if meta.json does not tell."""
+    from gptlib.data.shards import read_meta
     meta = read_meta(data_root)
     n_tokens, n_bytes = (meta.get(key, {}).get(split) for key in ("tokens", "bytes"))
     return n_tokens / n_bytes if n_tokens and n_bytes else None

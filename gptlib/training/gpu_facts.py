@@ -1,8 +1,9 @@
-"""What is published about GPUs: memory, links, and how well others used them. Every figure has its
-source.
+"""What is published about GPUs: memory, links, peak FLOP/s, and the utilization that others reached.
+Every figure has its source.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from gptlib.common import UserError
 from gptlib.runtime import PEAK_TFLOPS
@@ -14,15 +15,18 @@ NCCL_290 = "github.com/NVIDIA/nccl-tests/issues/290"
 LLM_FOUNDRY = "llm-foundry's benchmarks (FSDP, T = 2048, scripts/train/benchmarking/README.md)"
 GPUS_PER_HOST = 8
 
-# What a process does not get of a GPU's memory: the CUDA context, NCCL's buffers, and what the
-# allocator cannot reuse. An assumption.
+# The share of a GPU's memory that tensors can have. The CUDA context, NCCL's buffers and what the
+# allocator cannot reuse take the rest. An assumption.
 USABLE_MEMORY = 0.93
+
+# words in the names of GPUs that do not tell one from another
+MAKERS_AND_SOCKETS = re.compile(r"nvidia|geforce|tesla|rtx|sxm\d*|hbm\d*e?|gpu")
 
 
 @dataclass(frozen=True)
 class GPU:
     """memory: GiB. link, network: bytes a second that a GPU sends at most in a collective, to the
-    others of its host and to other hosts. source: of these two.
+    others of its host and to other hosts. source: where these two come from.
     """
     name: str
     memory: float
@@ -33,11 +37,16 @@ class GPU:
     @property
     def peak(self):
         """Dense 16-bit FLOP/s."""
-        return PEAK_TFLOPS[self.name.removesuffix(" 40GB")] * 1e12
+        return PEAK_TFLOPS[self.model] * 1e12
+
+    @property
+    def model(self):
+        """The name without the memory."""
+        return self.name.removesuffix(" 40GB")
 
     @property
     def float32_peak(self):
-        """FLOP/s of float32: of TF32 products half of the 16-bit ones, without TF32 an eighth."""
+        """FLOP/s in float32: half of those in 16 bits with TF32 products, an eighth without."""
         return self.peak / (8 if self.name in ("V100", "T4") else 2)
 
     @property
@@ -46,21 +55,19 @@ class GPU:
 
 
 def nvlink(name, memory, line_rate, network):
-    """A GPU of whose links only the line rates are known: NCCL reaches 82 % of them on an H100."""
+    """A GPU whose links are known by their line rates only. NCCL reaches 82 % of them on an H100."""
     return GPU(name, memory, 0.82 * line_rate * 1e9, 0.94 * network * 1e9,
                f"82 % and 94 % of the line rates, as measured on H100 ({NCCL_212}, {NCCL_290})")
 
 
 def pcie(name, memory, line_rate):
-    """A GPU without NVLink: half the line rate of its slot, and a network of 100 Gbit/s for each
-    host. Assumptions.
-    """
+    """A GPU without NVLink. Assumed: half the line rate of its slot, 100 Gbit/s for each host."""
     return GPU(name, memory, 0.5 * line_rate * 1e9, 0.94 * 12.5e9 / GPUS_PER_HOST,
                "assumed: half of PCIe's line rate, 100 Gbit/s between hosts")
 
 
-# Network: one adapter for each GPU, of 400 Gbit/s with H100 and later, 200 with A100 (as in the
-# makers' DGX systems), 100 with V100.
+# The network is one adapter for each GPU: 400 Gbit/s with an H100 and later, 200 with an A100 (as in
+# NVIDIA's DGX systems), 100 with a V100.
 GPUS = {gpu.name: gpu for gpu in (
     nvlink("B200", 180, 900, 50),
     GPU("H200", 141, 370e9, 47e9, f"as H100 ({NCCL_212}, {NCCL_290})"),
@@ -76,8 +83,8 @@ GPUS = {gpu.name: gpu for gpu in (
 
 @dataclass(frozen=True)
 class MeasuredMFU:
-    """FLOPs utilization that someone reached: model FLOPs (PaLM's formula) over the datasheet's
-    peak. recomputed: activations were recomputed, which the model's FLOPs don't count.
+    """The FLOPs utilization that someone reached: model FLOPs (PaLM's formula) over the datasheet's
+    peak. recomputed: whether activations were recomputed, which the model's FLOPs don't count.
     """
     gpu: str
     parameters: float
@@ -112,20 +119,37 @@ SIMILAR = {"H200": "H100", "B200": "H100", "H100 PCIe": "H100", "RTX 3090": "RTX
 
 
 def find_gpu(name):
-    """The GPU of a name such as H100, capitals or not. Raises UserError for an unknown one."""
-    for known, gpu in GPUS.items():
-        if known.lower() == name.lower().replace("_", " "):
-            return gpu
-    raise UserError(f"--gpu is {name!r}: choose one of {', '.join(GPUS)}, or leave it out to "
-                    "measure this machine")
+    """The GPU of a name in any spelling, such as H100, rtx4090 or NVIDIA A100-SXM4-40GB.
+
+    If the name has a memory size, the GPU gets it. Raises UserError for an unknown name.
+    """
+    model, memory = split_name(name)
+    candidates = [gpu for gpu in GPUS.values() if split_name(gpu.model)[0] == model]
+    if not candidates:
+        raise UserError(f"--gpu is {name!r}: choose one of {', '.join(GPUS)}, or leave it out to "
+                        "measure this machine")
+    same_memory = [gpu for gpu in candidates if gpu.memory == memory]
+    gpu = (same_memory or candidates)[0]
+    return gpu if memory in (None, gpu.memory) else replace(gpu, memory=memory)
+
+
+def split_name(name):
+    """(model, GiB or None) of a GPU's name: "NVIDIA A100-SXM4-40GB" is ("a100", 40)."""
+    text = name.lower().replace("_", " ")
+    memory = re.search(r"(\d+) ?gi?b", text)
+    if memory:
+        text = text.replace(memory[0], " ")
+    words = re.findall(r"[a-z0-9]+", text)
+    words = [word for word in words if not MAKERS_AND_SOCKETS.fullmatch(word)]
+    return "".join(words).removeprefix("rtx"), int(memory[1]) if memory else None
 
 
 def published_mfu(gpu, parameters, recompute):
-    """(MFU, its source in words): of the model nearest in size on that GPU or a similar one.
+    """(MFU, its source in words) of the model nearest in size, on that GPU or a similar one.
 
-    Recomputing every activation takes a forward pass more, 8 instead of 6 FLOPs for each weight.
+    Recomputing all activations is one more forward pass: 8 FLOPs for each weight instead of 6.
     """
-    rows = [row for row in MEASURED_MFU if row.gpu == gpu.name.removesuffix(" 40GB")]
+    rows = [row for row in MEASURED_MFU if row.gpu == gpu.model]
     note = ""
     if not rows:
         similar = SIMILAR.get(gpu.name, "A100")

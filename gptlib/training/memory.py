@@ -1,12 +1,19 @@
-"""How much memory a training step needs, estimated from shapes.
+"""How much memory a training step needs, and the largest micro-batch that fits into it.
 
-`--plan` prints the estimate, `--batch_size 0` uses it on a CPU, and `bench.py gpu` shows it beside
-what it measures. tests/training/test_plan.py compares it with the peak of real processes.
+The need is estimated from shapes: `plan.py` prints the estimate, and `--batch_size 0` relies on it
+for sharded models and on a CPU. tests/training/test_memory.py compares it with the peak of real
+processes, and `bench.py gpu` with the peak of a GPU.
 """
 
+import contextlib
+import os
 from dataclasses import dataclass
 
-from gptlib.training.optim import ELEMENTS_AT_ONCE
+import torch
+import torch.distributed as dist
+
+from gptlib.common import UserError
+from gptlib.runtime import preserved_rng
 
 # Bytes that a block keeps for each token and channel until its backward pass, under autocast to 16
 # bits: the residual stream before each layer norm (4 + 4), the outputs of the layer norms (2 + 2),
@@ -14,14 +21,25 @@ from gptlib.training.optim import ELEMENTS_AT_ONCE
 # (8 + 8). Compiled or not, it is the same. In float32 only the stream does not double.
 BLOCK_BYTES = {16: 36, 32: 64}
 STREAM_BYTES = 4  # what a recomputed block keeps: its input, in float32
-FINAL_BYTES = 10  # of the last layer norm, its output and the embedding, for each channel
+FINAL_BYTES = 10  # the last layer norm, its output and the embedding, for each channel
 
-# Bytes for each logit at the moment when most exist. Eager: the float32 log-probabilities, their
-# gradient and that of the logits. Compiled: the logits and their gradient, the rest is fused.
+# Peak bytes per logit. Eager: the float32 log-probabilities, their gradient and that of the logits.
+# Compiled: the logits and their gradient, the rest is fused.
 LOGIT_BYTES_EAGER = 12
 LOGIT_BYTES_COMPILED = {16: 4, 32: 8}
 
+# Muon updates sharded matrices in parts of about this many elements a rank, since it needs ten
+# bytes for each of them. A model that has to be sharded has no memory for all of them at once.
+MUON_ELEMENTS_AT_ONCE = 2**25
+
+# The share of memory that an estimate may fill: tests/training/test_sharded.py requires it to be
+# right to 15 %.
+PLANNED_SHARE = 0.85
+
 PARTS = ("weights", "gradients", "optimizer", "16-bit weights", "activations", "logits", "buckets")
+
+# -----------------------------------------------------------------------------
+# the estimate
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class Sizes:
 
 
 def model_sizes(model):
-    """The Sizes of a GPT; one on the meta device will do."""
+    """The Sizes of a GPT, which may be on the meta device."""
     config = model.config
     in_blocks, hidden, total = 0, 0, 0
     for name, p in model.named_parameters():  # the tied matrix comes once
@@ -57,10 +75,10 @@ def model_sizes(model):
 
 
 def activation_bytes(config, tokens, bits=16, recomputed=0):
-    """Bytes of what the blocks keep for the backward pass of `tokens` tokens.
+    """Bytes that the blocks keep for the backward pass of this many tokens.
 
-    config: a GPTConfig or Sizes; recomputed: how many of the blocks keep only their input. One
-    block more is counted, for what the backward pass of a block holds besides.
+    config: a GPTConfig or Sizes; recomputed: how many blocks keep only their input. One more block
+    is counted, for what the backward pass of a block needs besides.
     """
     kept = config.n_layer - recomputed + 1
     per_channel = kept * BLOCK_BYTES[bits] + recomputed * STREAM_BYTES + FINAL_BYTES
@@ -68,61 +86,66 @@ def activation_bytes(config, tokens, bits=16, recomputed=0):
 
 
 def logit_bytes(config, tokens, bits=16, compiled=False):
-    """Bytes of the logits of `tokens` tokens, of the loss and of their gradients, at the peak."""
+    """Peak bytes of the logits of this many tokens, of their loss and of their gradients."""
     per_logit = LOGIT_BYTES_COMPILED[bits] if compiled else LOGIT_BYTES_EAGER
     return tokens * config.vocab_size * per_logit
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, and the most that exists at once (not every part exists all the time)."""
+    """Bytes by part, and the peak; not every part exists all the time."""
     parts: dict
     peak: int
 
 
-def estimate_memory(sizes, cfg, batch_size, ranks=1, accumulate=None, bits=16):
-    """The Memory that a step of cfg needs on each of `ranks` devices at micro-batches of
-    batch_size.
+def estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, ranks=1,
+                    accumulate=None, bits=16):
+    """The Memory that a step needs on each of `ranks` devices at micro-batches of batch_size.
 
-    accumulate: whether a step has several micro-batches, so that gradients exist during a forward
-    pass; by default as cfg.total_batch_size asks for it. bits: 16 under autocast, else 32.
+    layout: a parallel.Layout; optimizer: "adamw" or "muon". accumulate: whether a step has several
+    micro-batches, so that gradients exist during a forward pass (default: if total_batch_size asks
+    for it). bits: 16 under autocast, else 32.
     """
     tokens = batch_size * sizes.block_size
     if accumulate is None:
-        accumulate = tokens * ranks < cfg.total_batch_size
-    share = (cfg.shard_ranks or ranks) if cfg.shard else 1
-    recomputed = -(-sizes.n_layer // cfg.recompute_every) if cfg.recompute else 0
-    sharded = cfg.shard and share > 1
+        accumulate = tokens * ranks < total_batch_size
+    share = (layout.shard_ranks or ranks) if layout.shard else 1
+    every = layout.recompute_every
+    recomputed = -(-sizes.n_layer // every) if every else 0
+    sharded = layout.shard and share > 1
     weights = 4 * sizes.total // share
     gradients = 4 * sizes.total // share
-    optimizer, optimizer_work = optimizer_bytes(sizes, cfg.optimizer, share)
+    optimizer_state, optimizer_work = optimizer_bytes(sizes, optimizer, share)
     copies = 0
     if bits == 16:
         copies = 2 * (sizes.hidden + sizes.tied)
-        if cfg.shard:  # autocast keeps no copies: only the graph does, of the blocks that it keeps
+        if layout.shard:  # autocast keeps no copies: only the graph does, of the blocks it keeps
             kept = sizes.n_layer - recomputed + 1
             copies = 2 * (sizes.tied + kept * sizes.hidden // sizes.n_layer)
     activations = activation_bytes(sizes, tokens, bits, recomputed)
     # a sharded model compiles its blocks, not the head and the loss
-    logits = logit_bytes(sizes, tokens, bits, cfg.compile and not cfg.shard)
+    logits = logit_bytes(sizes, tokens, bits, layout.compile and not layout.shard)
     tie = 4 * sizes.tied  # the head's gradient waits for the embedding's
     root, blocks = gathered_bytes(sizes) if sharded else (0, 0)
-    if accumulate and share > 1 and not cfg.reduce_each:
+    if accumulate and share > 1 and not layout.reduce_each:
         gradients = 4 * sizes.total  # whole until the last micro-batch, then they are reduced
-    # DDP's buckets, which hold the gradients, are never given back
-    before = gradients if accumulate or (ranks > 1 and not cfg.shard) else 0
+    # DDP's buckets, which hold the gradients, are never freed
+    before = gradients if accumulate or (ranks > 1 and not layout.shard) else 0
     forward = before + copies + activations + root + max(logits, tie + blocks)
-    # the embedding's gradient comes when the blocks have theirs; nothing is gathered then
+    # the embedding's gradient comes after those of the blocks; nothing is gathered then
     both = tie if accumulate or sharded else 0
     backward = gradients + root + tie + max(both, blocks)
     update = gradients + optimizer_work
-    peak = weights + optimizer + max(forward, backward, update)
-    parts = (weights, gradients, optimizer, copies, activations, logits, root + blocks)
+    peak = weights + optimizer_state + max(forward, backward, update)
+    parts = (weights, gradients, optimizer_state, copies, activations, logits, root + blocks)
     return Memory(dict(zip(PARTS, parts, strict=True)), peak)
 
 
 def optimizer_bytes(sizes, name, share):
-    """Bytes of the optimizer's state on a rank, and of what its step needs besides."""
+    """(bytes of the optimizer's state on a rank, bytes that its step needs besides).
+
+    share: the number of ranks that divide the model among them.
+    """
     if name == "adamw":  # two moments; the step is fused
         return 8 * sizes.total // share, 0
     # one momentum for each hidden matrix; in 16 bits the directions and updates of all, and three
@@ -130,18 +153,18 @@ def optimizer_bytes(sizes, name, share):
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
     if share == 1:
         return state, 6 * sizes.hidden
-    at_once = max(ELEMENTS_AT_ONCE, sizes.hidden // (4 * sizes.n_layer))  # a matrix for each rank
+    # a matrix for each rank
+    at_once = max(MUON_ELEMENTS_AT_ONCE, sizes.hidden // (4 * sizes.n_layer))
     return state, 10 * min(sizes.hidden // share, at_once)
 
 
 def gathered_bytes(sizes):
-    """(bytes of what is whole outside of the blocks, and of the blocks, in a sharded model's step).
+    """(bytes of whole weights outside of the blocks, bytes of whole blocks) in a sharded step.
 
     The weights outside of the blocks stay whole from the beginning of the forward to the end of
-    the backward pass. Of the blocks there are at most five at once, in the backward pass: one that
+    the backward pass. At most five blocks are whole at once, in the backward pass: the one that
     computes, its gradients, those of the block before, which are being reduced, and the next one,
-    which arrives in a buffer and is copied to where it belongs. gloo has a buffer of its own until
-    then.
+    which arrives in a buffer and is copied to its place. gloo has one more buffer until then.
     """
     return 4 * sizes.root, 5 * 4 * sizes.block
 
@@ -149,3 +172,140 @@ def gathered_bytes(sizes):
 def checkpoint_bytes(sizes, optimizer):
     """Bytes of a checkpoint: float32 weights and the optimizer's state."""
     return 4 * sizes.total + optimizer_bytes(sizes, optimizer, 1)[0]
+
+
+# -----------------------------------------------------------------------------
+# the largest micro-batch, for --batch_size 0
+
+
+def choose_batch_size(model, layout, optimizer, total_batch_size, device, autocast, dtype, world):
+    """The sequences per micro-batch of --batch_size 0: a power of two, the same on all ranks.
+
+    Trial steps find it. For a sharded model it is estimated: a process that ran out of memory in a
+    trial step would leave the others waiting. Collective: every process calls it.
+    """
+    if layout.shard:
+        budget = PLANNED_SHARE * usable_memory(device)
+        bits = 32 if dtype == torch.float32 else 16
+        return planned_batch_size(model_sizes(model), layout, optimizer, total_batch_size, budget,
+                                  bits, world)
+    return find_batch_size(model, total_batch_size, device, autocast, world)
+
+
+def planned_batch_size(sizes, layout, optimizer, total_batch_size, budget, bits, world):
+    """The largest power of two of sequences whose step is estimated to fit on every rank.
+
+    budget: the bytes that this rank may use. Collective.
+    """
+    batch_size = most_needed(sizes.block_size, total_batch_size, world)
+
+    def peak():
+        return estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, world.size,
+                               bits=bits).peak
+
+    while batch_size > 1 and peak() > budget:
+        batch_size //= 2
+    return smallest_of_all(batch_size, world)
+
+
+def find_batch_size(model, total_batch_size, device, autocast, world):
+    """The largest power of two of sequences whose forward and backward pass fit beside AdamW's
+    state. Collective.
+
+    The search draws nothing from the random state of the run. With dropout a trial step would, and
+    a resumed run would no longer equal the uninterrupted one.
+    """
+    batch_size = most_needed(model.config.block_size, total_batch_size, world)
+    with preserved_rng(device):
+        while batch_size > 1 and not fits(model, batch_size, device, autocast):
+            batch_size //= 2
+    return smallest_of_all(batch_size, world)
+
+
+def most_needed(block_size, total_batch_size, world):
+    """The largest power of two of sequences that a process can have in a step."""
+    enough = total_batch_size // (block_size * world.size)
+    return 1 << max(0, enough.bit_length() - 1)
+
+
+def smallest_of_all(batch_size, world):
+    """The smallest of the batch sizes of all ranks. Collective."""
+    if world.size > 1:
+        smallest = torch.tensor(batch_size)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        batch_size = int(smallest)
+    return batch_size
+
+
+def fits(model, batch_size, device, autocast):
+    """Whether a training step of batch_size sequences fits into the memory of the device."""
+    block_size = model.config.block_size
+    if device.type == "cpu":
+        # A CPU raises no error that could be caught, the system kills the process. So the bytes are
+        # estimated, for float32, on the safe side.
+        tokens = batch_size * block_size
+        needed = activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
+        return needed < free_host_memory() / 2
+    try:
+        adamw_state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
+        with autocast:
+            _, loss = model(idx, idx)
+        loss.backward()
+        del adamw_state
+        return True
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that memory has run out.
+
+    Only CUDA has an exception class for it; an Apple GPU and a CPU have none.
+    """
+    texts = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+@contextlib.contextmanager
+def memory_errors_told(batch_size):
+    """A context in which running out of memory raises a UserError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory at --batch_size {batch_size}: try half of it, or 0 to find "
+                        "what fits") from error
+
+
+# -----------------------------------------------------------------------------
+# memory of this machine
+
+
+def usable_memory(device):
+    """Bytes that this process may use: those that are free, and those that it holds already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_host_memory() / processes + resident_bytes()
+
+
+def resident_bytes():
+    """Bytes of this process that are in memory; 0 if the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:  # Linux has it
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def free_host_memory():
+    """Bytes of memory that are free on this machine; 4 GiB if the system does not tell."""
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # Linux has it
+        return 4 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,9 @@
-"""Muon (https://kellerjordan.github.io/posts/muon) over several processes and on GPUs.
+"""Skipping an update without making the host wait, and Muon over several processes and on GPUs.
 
-Its expensive part, the Newton-Schulz iteration, needs whole matrices. Each matrix has an owner, a
-rank that iterates on it and hands the update to the others. With DDP every rank has the whole
-gradient already; where the model is sharded, the rows travel to the owner first.
+Muon is https://kellerjordan.github.io/posts/muon. Its expensive part, the Newton-Schulz iteration,
+needs whole matrices. Each matrix has an owner, the rank that iterates on it and sends the update to
+the others. With DDP every rank already has the whole gradient. If the model is sharded, the rows
+travel to the owner first.
 """
 
 import math
@@ -14,21 +15,36 @@ from torch.optim._muon import _adjust_lr
 
 from gptlib.distributed import World
 from gptlib.runtime import resolve_dtype
+from gptlib.training.memory import MUON_ELEMENTS_AT_ONCE
 
 # torch 2.13 gave this function another name
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Sharded matrices are updated in parts of about so many elements for each rank: ten bytes an
-# element travel or wait. A model that is sharded has no memory for all of them at once.
-ELEMENTS_AT_ONCE = 2**25
+
+def skip_if_not_finite(optimizer, norm):
+    """Make the next optimizer.step() change nothing if the gradient norm, a tensor of one value,
+    is not finite: neither weights nor moments.
+
+    Call it just before that step. Fused optimizers and Muon read `found_inf`, as they do after
+    torch.amp.GradScaler: the device decides, and the host does not wait for it. For any other
+    optimizer the host looks at the norm, and drops the gradients.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+    elif not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+
+
+# -----------------------------------------------------------------------------
+# Muon
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon whose updates equal those of one process, whoever computes them.
+    """torch.optim.Muon divided among processes; the updates equal those of one process.
 
-    Its state and state dict are those of torch.optim.Muon: a momentum buffer like each parameter.
-    As in torch's fused optimizers, a step leaves everything as it is where the tensor `found_inf`
-    is not 0; that is decided on the device, and the host does not wait.
+    State and state dict are those of torch.optim.Muon: a momentum buffer shaped like each parameter.
+    As in torch's fused optimizers, a step changes nothing if the tensor `found_inf` is not 0. The
+    device decides that, and the host does not wait.
     """
 
     _step_supports_amp_scaling = True
@@ -40,24 +56,24 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update the parameters; with several processes, all of them have to call it."""
-        assert closure is None, "the gradients have to be there already"
+        """Update the parameters. Collective: every process calls it."""
+        assert closure is None, "backward() has to run before step()"
         for group in self.param_groups:
             params, gradients, momenta = [], [], []
             self._init_group(group, params, gradients, momenta)
-            assert group["nesterov"], "there is no other kind here"
+            assert group["nesterov"], "only Nesterov's momentum is implemented"
             for part in parts(params):
                 self._update(params[part], gradients[part], momenta[part], group)
 
     def _update(self, params, gradients, momenta, group):
-        """The step of some of a group's parameters."""
+        """Update some of the parameters of a group."""
         directions = []
         for gradient, momentum in zip(gradients, momenta, strict=True):
             momentum = local(momentum)
             gradient = self._unless_bad(local(gradient), momentum)
             momentum.lerp_(gradient, 1 - group["momentum"])
-            direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-            # half the bytes of float32 to send; most devices iterate in bfloat16 anyway
+            direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's momentum
+            # bfloat16 is half the bytes to send, and most devices iterate in it anyway
             directions.append(direction.bfloat16())
         updates = self._orthogonalize(params, directions, group)
         for p, update in zip(params, updates, strict=True):
@@ -66,11 +82,11 @@ class Muon(torch.optim.Muon):
             local(p).copy_(self._unless_bad(decayed.add_(update, alpha=-lr), local(p)))
 
     def _unless_bad(self, new, old):
-        """new, or old in a step with found_inf."""
+        """`new`, or `old` if this step is skipped."""
         return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
 
     def _orthogonalize(self, params, directions, group):
-        """The orthogonal matrix next to each direction; of a sharded one, this rank's rows."""
+        """The orthogonal matrix nearest to each direction; if sharded, this rank's rows of it."""
         if isinstance(params[0], DTensor):
             mesh = params[0].device_mesh
             exchange = RowExchange(params, mesh.get_group(mesh.ndim - 1))
@@ -84,13 +100,16 @@ class Muon(torch.optim.Muon):
 
 
 def parts(params):
-    """Slices of a list of parameters that are updated one after the other: all at once, but of
-    sharded ones at most ELEMENTS_AT_ONCE for each rank, or a matrix for each to work on."""
+    """Slices of a list of parameters, to be updated one slice after the other.
+
+    Parameters that are not sharded make one slice. Of sharded ones a slice has at most
+    MUON_ELEMENTS_AT_ONCE elements a rank, but at least one matrix for each rank to work on.
+    """
     first, elements = 0, 0
     for i, p in enumerate(params):
         ranks = p.device_mesh.size(-1) if isinstance(p, DTensor) else math.inf
         share = p.numel() / ranks
-        if i - first >= ranks and elements + share > ELEMENTS_AT_ONCE:
+        if i - first >= ranks and elements + share > MUON_ELEMENTS_AT_ONCE:
             yield slice(first, i)
             first, elements = i, 0
         elements += share
@@ -99,7 +118,7 @@ def parts(params):
 
 
 def local(tensor):
-    """What this rank has of a tensor: its rows of a sharded one, or all of it."""
+    """This rank's part of a tensor: its rows if the tensor is sharded, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -108,11 +127,11 @@ def local(tensor):
 
 
 def orthogonalize(matrices, group):
-    """The result of Newton-Schulz for each bfloat16 matrix, with the constants of the parameter
-    group.
+    """The result of Newton-Schulz for each bfloat16 matrix.
 
-    Matrices of one shape go through it in one batch: bit for bit the same, with a tenth of the
-    launches on a GPU, and products large enough for all cores of a CPU.
+    group: the parameter group, which holds the constants of the iteration. Matrices of one shape
+    go through it in one batch. The results are the same bit for bit, with a tenth of the launches
+    on a GPU and with products that are large enough for all cores of a CPU.
     """
     results = [None] * len(matrices)
     for shape in {matrix.shape for matrix in matrices}:
@@ -126,8 +145,8 @@ def orthogonalize(matrices, group):
 def newton_schulz(stack, group):
     """torch.optim.Muon's quintic iteration for a stack (N, rows, columns) of bfloat16 matrices.
 
-    It computes in bfloat16 where the hardware has it, else in float32: a CPU without such
-    instructions takes twenty times as long in bfloat16.
+    It computes in bfloat16 if the hardware has instructions for it, else in float32: a CPU
+    without them takes twenty times as long in bfloat16.
     """
     a, b, c = group["ns_coefficients"]
     has_bfloat16 = resolve_dtype("auto", stack.device) == torch.bfloat16
@@ -135,7 +154,7 @@ def newton_schulz(stack, group):
     is_tall = X.size(1) > X.size(2)
     if is_tall:
         X = X.mT
-    # the spectral norm has to be at most 1: the Frobenius norm is never smaller
+    # the spectral norm has to be at most 1, and the Frobenius norm is never smaller
     X = X / torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = X @ X.mT
@@ -149,9 +168,9 @@ def newton_schulz(stack, group):
 
 
 def assign_owners(params, n):
-    """The owner of each matrix, a rank below n, so that all have about the same work to do.
+    """The owner of each matrix, a rank below n, so that all ranks have about the same work.
 
-    The largest matrix goes first, always to the rank with the least so far.
+    Matrices are assigned from the largest to the smallest, each to the rank with the least work.
     """
     work = [0] * n
     owners = [None] * len(params)
@@ -162,23 +181,28 @@ def assign_owners(params, n):
 
 
 def newton_schulz_flops(shape):
-    """What one iteration takes, but for a constant: two products of the smaller side's square
-    with the longer side, one among squares."""
+    """FLOPs of one iteration, up to a constant factor.
+
+    Two products multiply the shorter side's square with the longer side, one multiplies squares.
+    """
     short, long = min(shape), max(shape)
     return short * short * (2 * long + short)
 
 
 def share_matrices(mine, like, owners, world):
-    """All matrices, shaped as those of `like`, on every rank: each has computed those it owns."""
+    """All matrices on every rank, from those that each rank owns and has computed.
+
+    mine: this rank's matrices; like: a tensor of the shape of each matrix, in the same order.
+    """
     sizes = [0] * world.size
     for matrix, owner in zip(like, owners, strict=True):
         sizes[owner] += matrix.numel()
-    largest = max(sizes)  # a rank with less sends padding
+    largest = max(sizes)  # a rank with fewer elements sends padding
     sent = like[0].new_zeros(largest)
     if mine:
         sent[:sizes[world.rank]] = torch.cat([matrix.flatten() for matrix in mine])
     received = sent.new_empty(world.size * largest)
-    # as bytes: gloo does not know every dtype
+    # sent as bytes, since gloo does not know every dtype
     all_gather(received.view(torch.uint8), sent.view(torch.uint8))
 
     starts = [rank * largest for rank in range(world.size)]
@@ -191,30 +215,30 @@ def share_matrices(mine, like, owners, world):
 
 
 class RowExchange:
-    """Carries the rows of sharded matrices to the owner of each, and the owner's results back."""
+    """Sends the rows of sharded matrices to their owners, and the owners' results back."""
 
     def __init__(self, params, process_group):
         self.group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.shapes = [p.shape for p in params]
         owners = assign_owners(params, self.size)
-        # for each rank the numbers of the matrices that it owns
+        # for each rank, the indices of the matrices that it owns
         self.owned = [[i for i, owner in enumerate(owners) if owner == rank]
                       for rank in range(self.size)]
 
     def rows(self, i, rank):
-        """The rows of matrix i that a rank keeps, as a slice: those of torch.chunk."""
+        """The slice of matrix i's rows that a rank keeps, the same as torch.chunk's."""
         total = self.shapes[i][0]
         per_rank = -(-total // self.size)
         return slice(min(rank * per_rank, total), min((rank + 1) * per_rank, total))
 
     def shape(self, i, rank):
-        """The shape of a rank's rows of matrix i."""
+        """The shape of what a rank keeps of matrix i."""
         rows = self.rows(i, rank)
         return rows.stop - rows.start, self.shapes[i][1]
 
     def gather(self, parts):
-        """The whole matrices that this rank owns, from what each rank has of every matrix."""
+        """The whole matrices that this rank owns, assembled from the rows of all ranks."""
         mine = self.owned[self.rank]
         sent = [[parts[i] for i in owned] for owned in self.owned]
         shapes = [[self.shape(i, rank) for i in mine] for rank in range(self.size)]
@@ -222,7 +246,7 @@ class RowExchange:
         return [torch.cat(pieces) for pieces in zip(*received, strict=True)]
 
     def scatter(self, matrices, parts):
-        """This rank's rows of every matrix, from the whole ones that this rank owns."""
+        """This rank's rows of every matrix, after each owner has sent its whole ones out."""
         mine = self.owned[self.rank]
         owned = list(zip(mine, matrices, strict=True))
         sent = [[matrix[self.rows(i, rank)] for i, matrix in owned] for rank in range(self.size)]
@@ -236,14 +260,16 @@ class RowExchange:
 
 
 def exchange(pieces, shapes, process_group, device):
-    """Send pieces[rank], bfloat16 tensors, to each rank; returns what each rank sent, a list of
-    tensors of shapes[rank]."""
+    """Send the list pieces[rank] of bfloat16 tensors to each rank.
+
+    Returns for each rank the list of tensors that it sent, of the shapes in shapes[rank].
+    """
     empty = torch.empty(0, dtype=torch.bfloat16, device=device)
     sent = torch.cat([empty, *(piece.flatten() for of_rank in pieces for piece in of_rank)])
     sent_sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]
     sizes = [sum(math.prod(shape) for shape in of_rank) for of_rank in shapes]
     received = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
-    # as bytes: gloo does not know every dtype
+    # sent as bytes, since gloo does not know every dtype
     dist.all_to_all_single(
         received.view(torch.uint8), sent.view(torch.uint8),
         output_split_sizes=[2 * size for size in sizes],

@@ -1,14 +1,17 @@
-"""report.md: what a run did and how it went, on one page that GitHub shows.
+"""report.md: what a run did and how it went, on one page that GitHub renders.
 
-It is made of the records of log.jsonl alone, so it tells of the whole run, whatever the number of
-times that it was stopped and resumed.
+The page is made of the records of log.jsonl alone, so it covers the whole run, however often that
+was stopped and resumed.
 """
 
 import re
 import statistics
 
 from gptlib.common import duration
-from gptlib.training.plot import GPT2_HELLASWAG, GPT2_VAL_LOSS, GPT3_HELLASWAG
+
+GPT2_VAL_LOSS = 3.2924  # OpenAI's GPT-2 (124M) on the validation split of FineWeb-Edu
+GPT2_HELLASWAG = 0.2945
+GPT3_HELLASWAG = 0.337  # GPT-3 paper (arXiv:2005.14165), appendix H, its smallest model
 
 MAX_ROWS = 25  # of the table of evaluations
 MAX_SAMPLES = 6  # evaluations whose samples are shown
@@ -17,7 +20,7 @@ MAX_SAMPLES = 6  # evaluations whose samples are shown
 def format_report(records, title):
     """The report of a run as Markdown.
 
-    records: those of log.jsonl, in order. title: what the run is called, such as its folder.
+    records: all of log.jsonl, in order. title: the name of the run, such as its folder.
     """
     sessions = [r for r in records if r["kind"] in ("config", "resume")]
     facts = sessions[-1]
@@ -107,7 +110,7 @@ def evaluations_table(of_kind, sessions):
 
 
 def show_samples(records, config):
-    """What the model wrote at some of the evaluations, the last one among them."""
+    """What the model wrote at some of the evaluations, the last one included."""
     if not records:
         return "None were asked for."
     parts = [f"They continue {code_span(config['sample_prompt'])}."]
@@ -137,7 +140,7 @@ def facts_table(facts, config, begun):
 
 
 def time_table(sessions, train, seconds):
-    """Wall-clock time, throughput, MFU, memory, and the price where it is known."""
+    """Wall-clock time, throughput, MFU, memory, and the price if it is known."""
     rows = [["time, evaluations and lost work included", duration(seconds)],
             ["time in training steps", duration(sum(r["ms"] for r in train) / 1000)]]
     if train:
@@ -150,16 +153,18 @@ def time_table(sessions, train, seconds):
         memory = [r["memory_mib"] for r in train if r.get("memory_mib") is not None]
         if memory:
             rows.append(["GPU memory at most", f"{max(memory):,.0f} MiB"])
-    rows.append(["cost", describe_cost(sessions, seconds)])
+    cost = describe_cost(sessions, seconds)
+    if cost:
+        rows.append(["cost", cost])
     return table(["", ""], rows)
 
 
 def describe_cost(sessions, seconds):
-    """The price of a run of so many seconds; each session has its own price an hour."""
+    """The price of a run of so many seconds, or None if no session had a --dollars_per_hour."""
     begins = [session.get("seconds_before", 0.0) for session in sessions]
     prices = [session["config"].get("dollars_per_hour") or 0.0 for session in sessions]
     if not any(prices):
-        return "unknown: no `--dollars_per_hour`"
+        return None
     cost = 0.0
     for begin, end, price in zip(begins, [*begins[1:], seconds], prices, strict=True):
         cost += (end - begin) / 3600 * price
@@ -168,7 +173,7 @@ def describe_cost(sessions, seconds):
 
 
 def describe_incidents(sessions, train):
-    """Where the run was resumed, and which updates were skipped."""
+    """At which steps the run was resumed, and which updates were skipped."""
     lines = []
     for record in sessions[1:]:
         lines.append(f"- Resumed at step {record['step']:,} ({record['time']}).")
@@ -181,14 +186,14 @@ def describe_incidents(sessions, train):
 
 
 def run_seconds(records):
-    """Seconds that all sessions of a run took, also for steps that a resume dropped."""
+    """Seconds of all sessions of a run, with those of steps that a resume dropped."""
     times = [record.get("elapsed") for record in count_from_the_beginning(records)]
     known = [seconds for seconds in times if seconds is not None]
     return known[-1] if known else 0.0
 
 
 def count_from_the_beginning(records):
-    """The records with the seconds of the whole run, not of their session, as `elapsed`."""
+    """The records, their `elapsed` counted from the beginning of the run and not of the session."""
     before, counted = 0.0, []
     for record in records:
         elapsed = record.get("elapsed")
@@ -199,7 +204,7 @@ def count_from_the_beginning(records):
 
 
 def tokens_until(step, sessions):
-    """Tokens of the steps before `step`; a resume may change how many a step has."""
+    """Tokens of the steps before `step`; a resume may have changed how many a step has."""
     ends = [session["step"] for session in sessions[1:]] + [step]
     begin, tokens = 0, 0
     for session, end in zip(sessions, ends, strict=True):
@@ -214,7 +219,7 @@ def tokens_until(step, sessions):
 
 
 def table(columns, rows):
-    """A table; what its cells contain can't end a cell or a row."""
+    """A table. The contents of a cell can't end the cell or the row."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)
 
@@ -224,13 +229,13 @@ def cell(value):
 
 
 def fence_for(text, shortest):
-    """Backticks, one more than the longest run of them in the text."""
+    """A fence of backticks, one more than the longest run of backticks in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     return "`" * max(shortest, longest + 1)
 
 
 def code_block(text):
-    """The text as it is, whatever it contains: samples may write Markdown and HTML."""
+    """The text shown as it is: samples may contain Markdown and HTML."""
     fence = fence_for(text, 3)
     return f"{fence}text\n{text}\n{fence}"
 
@@ -245,7 +250,7 @@ def number(value):
 
 
 def thin_out(rows, count):
-    """At most `count` of the rows, evenly spaced, the first and the last among them."""
+    """At most `count` of the rows, evenly spaced, the first and the last included."""
     if len(rows) <= count:
         return rows
     return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]

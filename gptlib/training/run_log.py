@@ -11,48 +11,52 @@ from pathlib import Path
 
 from gptlib.checkpoints.formats import list_checkpoints
 from gptlib.common import UserError, atomic_write, import_optional, warn
-from gptlib.training.plot import plot
-from gptlib.training.report_page import format_report, run_seconds
+from gptlib.training.report_page import (GPT2_HELLASWAG, GPT2_VAL_LOSS, GPT3_HELLASWAG,
+                                         format_report, run_seconds)
 
-# what log.txt shows of each kind of record: the name of the value, and its format
+# the value that log.txt and log.png show of each kind of record, and its format in log.txt
 TEXT_COLUMNS = {"train": ("loss", ".6f"), "val": ("loss", ".4f"), "hella": ("acc_norm", ".4f")}
 RUN_FILES = ("log.*", "report.md", "model_*.pt", "latest_checkpoint.pt", "tensorboard")
+
+
+# -----------------------------------------------------------------------------
+# the log
 
 
 class RunLog:
     """The log of a run: log.jsonl (everything), log.txt (step, kind and value on a line), log.png
     and report.md.
 
-    A context manager: leaving it closes wandb and TensorBoard. A full disk warns once and never
+    A context manager: leaving it closes wandb and TensorBoard. A full disk is one warning and never
     stops the run.
     """
 
-    def __init__(self, cfg, step, facts):
-        """Start a new log where step is None, after moving an earlier run away; otherwise continue
-        at `step`.
+    def __init__(self, log_dir, resumed_at, facts, wandb=False, tensorboard=False):
+        """Continue the log at the step resumed_at. If that is None, start a new log, after moving
+        an earlier run away.
 
-        cfg: has log_dir, wandb and tensorboard; facts: the first record, with the config among
-        them. Raises UserError where log_dir can't be written to, or wandb or TensorBoard is asked
-        for and not installed.
+        facts: the first record, as describe_run returns it. Raises UserError if log_dir can't be
+        written to, or if wandb or TensorBoard is asked for and not installed.
         """
-        self.dir = Path(cfg.log_dir)
+        self.dir = Path(log_dir)
+        self.gpt2_tokens = facts.get("gpt2_tokens", False)
         self.has_warned = False
         self.sinks = []
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if step is None:
+            if resumed_at is None:
                 self._move_away([path for name in RUN_FILES for path in self.dir.glob(name)])
             else:
                 facts = {**facts, "seconds_before": run_seconds(self._records())}
-                self._return_to(step)
+                self._return_to(resumed_at)
         except OSError as error:
             reason = error.strerror
-            raise UserError(f"--log_dir {cfg.log_dir} can't be written to: {reason}") from error
-        kind = "config" if step is None else "resume"
-        self._append("log.jsonl", json.dumps({"kind": kind, "step": step or 0, **facts}))
-        if cfg.wandb:
-            self.sinks.append(WandbSink(cfg.log_dir, facts["config"]))
-        if cfg.tensorboard:
+            raise UserError(f"--log_dir {log_dir} can't be written to: {reason}") from error
+        kind = "config" if resumed_at is None else "resume"
+        self._append("log.jsonl", json.dumps({"kind": kind, "step": resumed_at or 0, **facts}))
+        if wandb:
+            self.sinks.append(WandbSink(log_dir, facts["config"]))
+        if tensorboard:
             self.sinks.append(TensorBoardSink(self.dir / "tensorboard"))
 
     def __enter__(self):
@@ -62,7 +66,7 @@ class RunLog:
         self.close()
 
     def close(self):
-        """Let wandb and TensorBoard write what they still hold. May be called twice."""
+        """Have wandb and TensorBoard write what they still hold. May be called twice."""
         while self.sinks:
             self.sinks.pop().close()
 
@@ -80,25 +84,25 @@ class RunLog:
                     sink.add(f"{kind}/{name}", value, step)
 
     def note(self, step, kind, **values):
-        """Record in log.jsonl alone what is no curve, such as the texts of samples."""
+        """Record values that make no curve, such as samples, in log.jsonl alone."""
         self._append("log.jsonl", json.dumps({"kind": kind, "step": step, **values}))
 
     def write_report(self):
-        """Write report.md anew, from all that log.jsonl has."""
+        """Write report.md anew from all records of log.jsonl."""
         records = self._records()
         if not any(record["kind"] in ("config", "resume") for record in records):
-            return  # a full disk kept the run's facts from being written
+            return  # the disk was full when the run's facts were to be written
         text = format_report(records, self.dir.name)
-        with contextlib.suppress(UserError):  # a full disk: the next evaluation tries again
+        with contextlib.suppress(UserError):  # the disk is full; the next evaluation tries again
             atomic_write(self.dir / "report.md", lambda file: file.write(text.encode()))
 
-    def draw(self, gpt2_tokens):
-        """Redraw log.png, with the published GPT-2 and GPT-3 figures where the tokens are
-        GPT-2's."""
-        plot(self._records(), self.dir / "log.png", gpt2_tokens)
+    def draw(self):
+        """Redraw log.png; if the tokens are GPT-2's, with the published GPT-2 and GPT-3 figures."""
+        plot(self._records(), self.dir / "log.png", self.gpt2_tokens)
 
     def _move_away(self, paths):
-        """Move what an earlier run left into the first unused numbered folder beside this one."""
+        """Move the files of an earlier run into the first unused numbered folder beside this one.
+        """
         if not paths:
             return
         for i in itertools.count(1):
@@ -114,8 +118,8 @@ class RunLog:
         """Remove what was written after the checkpoint at `step`.
 
         Later checkpoints are truncated, or belong to a course of training that this run does not
-        follow. A "train" record at `step` is of the step that begins there, so it goes too; the
-        evaluation at `step` stays. That the run ended there is no longer true.
+        follow. A "train" record at `step` is of the step that begins there, so it goes too, but the
+        evaluation at `step` stays. An "end" record goes, since the run continues.
         """
         later = [path for path in list_checkpoints(self.dir) if int(path.stem[6:]) > step]
         self._move_away(later)
@@ -155,7 +159,7 @@ class RunLog:
 
 
 def append_line(path, line):
-    """Append a line to a file, whole or not at all: the next one must not continue half a line."""
+    """Append a line to a file, whole or not at all: the next line must not continue half a line."""
     data = (line + "\n").encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -165,10 +169,14 @@ def append_line(path, line):
 
 
 def format_line(record):
-    """A record as log.txt has it: `{step} {kind} {value}`, as in the original recipe."""
+    """A record as a line of log.txt: `{step} {kind} {value}`, as in the original recipe."""
     name, digits = TEXT_COLUMNS[record["kind"]]
     value = math.nan if record[name] is None else record[name]
     return f"{record['step']} {record['kind']} {value:{digits}}"
+
+
+# -----------------------------------------------------------------------------
+# other programs
 
 
 class WandbSink:
@@ -196,3 +204,58 @@ class TensorBoardSink:
 
     def close(self):
         self.writer.close()
+
+
+# -----------------------------------------------------------------------------
+# log.png
+
+
+def plot(records, path, gpt2_tokens):
+    """Draw the records of log.jsonl as an image at `path`; if the disk is full, the earlier image
+    stays.
+
+    gpt2_tokens: whether losses are per token of GPT-2, so that published ones can be compared.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train, val, hella = (select_curve(records, kind) for kind in TEXT_COLUMNS)
+    has_hella = len(hella[0]) > 0
+    columns = 2 if has_hella else 1
+    figure, axes = plt.subplots(1, columns, figsize=(13 if has_hella else 7, 4.5), squeeze=False)
+    plot_loss(axes[0][0], train, val, gpt2_tokens)
+    if has_hella:
+        plot_hellaswag(axes[0][1], hella, gpt2_tokens)
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.tight_layout()
+    with contextlib.suppress(UserError):  # the next evaluation tries again
+        atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+
+
+def select_curve(records, kind):
+    """(steps, values) of the records of a kind; a value that was not finite is left out."""
+    name, _ = TEXT_COLUMNS[kind]
+    points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r[name] is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_loss(ax, train, val, gpt2_tokens):
+    label = f"val {val[1][-1]:.4f}" if val[1] else "val"
+    ax.plot(*train, lw=0.8, alpha=0.6, label="train")
+    ax.plot(*val, marker=".", label=label)
+    ax.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    if gpt2_tokens:
+        label = "OpenAI GPT-2 (124M) on FineWeb-Edu val"
+        ax.axhline(GPT2_VAL_LOSS, color="r", ls="--", lw=1, label=label)
+
+
+def plot_hellaswag(ax, hella, gpt2_tokens):
+    ax.plot(*hella, marker=".", label=f"this run {hella[1][-1]:.4f}")
+    ax.set(xlabel="step", ylabel="acc_norm", title="HellaSwag")
+    if gpt2_tokens:
+        ax.axhline(GPT2_HELLASWAG, color="r", ls="--", lw=1, label="OpenAI GPT-2 (124M)")
+        ax.axhline(GPT3_HELLASWAG, color="g", ls="--", lw=1, label="OpenAI GPT-3 (124M)")
