@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from gptlib.checkpoints.formats import load_initial_checkpoint
+from gptlib.checkpoints.start import Start
 from gptlib.common import ArgumentParser, UserError, duration, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.shards import list_shards
@@ -249,7 +250,7 @@ def measure_tokens_per_second(create, cfg, sizes, device, dtype):
 
     def measure(n_layer, seconds):
         model = create(dataclasses.replace(cfg, n_layer=n_layer)).to(device)
-        recompute_blocks(model, cfg)
+        recompute_blocks(model, cfg.layout().recompute_every)
         return time_micro_batch(model, batch_size, device, dtype, seconds)
 
     if sizes.total <= MEASURE_PARAMETERS or sizes.n_layer <= 4:
@@ -494,7 +495,7 @@ def main():
     saved = checkpoint["train_config"] if checkpoint else {}
     cfg = TrainConfig(**{**saved, **flags})
     vocabulary = find_vocabulary(cfg, checkpoint)
-    for line in plan(cfg, own, lambda cfg: create_model(cfg, None, vocabulary), argv):
+    for line in plan(cfg, own, lambda cfg: create_model(cfg, Start(), vocabulary), argv):
         print(line)
 
 

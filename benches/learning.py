@@ -19,7 +19,7 @@ import torch
 from benches.turns import ROOT, last_lines, take_turns
 from gptlib.common import UserError, atomic_write, log
 from gptlib.runtime import prepare_attention, prepare_device, resolve_device, resolve_dtype
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
+from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
@@ -244,11 +244,12 @@ def time_steps(size, rounds):
         prepare_attention(device, dtype, T)
         model = GPT(GPTConfig(T, 2048, cfg.n_layer, cfg.n_head, cfg.n_embd)).to(device)
         optimizers = configure_optimizers(model, cfg, device)
+        trainer = Trainer(model, optimizers, scaler, autocast, device, B * T)
         x, y = torch.randint(2048, (2, B, T), device=device)
 
         def work():
             for _ in range(5):
-                take_step(model, [(x, y, B * T)], optimizers, scaler, autocast, 1e-3, cfg)
+                trainer.step([(x, y, B * T, True)], 1e-3)
             return 5
         return work
 

@@ -13,7 +13,7 @@ from benches.turns import dtype_name, separate_processes, show_results, take_tur
 from gptlib.common import log
 from gptlib.data.loader import TokenLoader
 from gptlib.runtime import compile_model, set_malloc, resolve_device, resolve_dtype
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, configure_optimizers, take_step
+from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
 
 def training_shape(args):
@@ -35,7 +35,7 @@ def training_shape(args):
 
 
 def training_ours(args, compile):
-    """A step of train_gpt2.py: its model, take_step and optimizers, on random tokens."""
+    """A step of train_gpt2.py: its model, Trainer and optimizers, on random tokens."""
     config, B, micro_steps = training_shape(args)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
@@ -52,10 +52,11 @@ def training_ours(args, compile):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     x, y = torch.randint(50257, (2, B, T), device=device)
-    micro_batches = [(x, y, B * T)] * micro_steps
+    trainer = Trainer(model, optimizers, scaler, autocast, device, cfg.total_batch_size)
+    micro_batches = [(x, y, B * T, i == micro_steps - 1) for i in range(micro_steps)]
 
     def work():
-        loss, _ = take_step(model, micro_batches, optimizers, scaler, autocast, cfg.max_lr, cfg)
+        loss, _ = trainer.step(micro_batches, cfg.max_lr)
         loss.item()
         return cfg.total_batch_size
     return work
