@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fineweb import find_or_make_shards
 from gptlib import distributed, runtime
-from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint, load_weights
 from gptlib.checkpoints.huggingface import export_model
 from gptlib.checkpoints.saver import Saver
 from gptlib.checkpoints.start import Start, load_start
@@ -207,25 +207,15 @@ class GPT(nn.Module):
     def from_checkpoint(cls, checkpoint, block_size=None, dropout=None):
         """The model of a dict from load_checkpoint; a shorter block_size cuts its context.
 
-        Raises UserError where the weights do not fit the config.
+        Raises UserError if the weights do not fit the config.
         """
         known = [field.name for field in dataclasses.fields(GPTConfig)]
         config = GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known})
-        masks = (".attn.bias", ".attn.masked_bias")  # buffers of older GPT-2s, no weights
-        state = {k: v for k, v in checkpoint["model"].items() if not k.endswith(masks)}
-        if block_size is not None and block_size < config.block_size:
-            config.block_size = block_size
-            wpe = "transformer.wpe.weight"
-            state[wpe] = state[wpe][:block_size]
-        if dropout is not None:
-            config.dropout = dropout
+        config.block_size = min(config.block_size, block_size or config.block_size)
+        config.dropout = config.dropout if dropout is None else dropout
         with runtime.skip_init():
             model = cls(config)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as e:
-            reason = str(e).splitlines()[1].strip()[:200]
-            raise UserError(f"the checkpoint's weights do not fit its config: {reason}") from e
+        load_weights(model, checkpoint["model"])
         return model
 
     @classmethod
@@ -237,7 +227,6 @@ class GPT(nn.Module):
         """Write a new directory from which `transformers` loads the model with equal logits.
 
         tokenizer: default `self.tokenizer`; rows of the embedding past its ids are left out.
-        Raises UserError where the directory exists already or can't be written.
         """
         export_model(self.config, self.state_dict(), tokenizer or self.tokenizer, directory)
 
@@ -254,8 +243,8 @@ def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, t
     It ends at the block size. Ids from n_vocab on are padding of the vocabulary and are never
     drawn. The engine behind inference.py does the same for many sequences of any length.
     """
-    B, T = idx.size()
-    end = min(T + max_new_tokens, model.config.block_size)
+    B = idx.size(0)
+    end = min(idx.size(1) + max_new_tokens, model.config.block_size)
     cache = KVCache.of_model(model, B, end, dtype)
     new, attention = idx, cache.from_start()  # the whole prompt at first, then a token at a time
     while idx.size(1) < end:
@@ -277,8 +266,7 @@ class TrainConfig:
     # what to train, and from which weights
     preset: str = setting("", "a named set of the flags below, such as demo, gpt2 or gpt3-small",
                           section="the model")
-    init_from: str = setting("scratch", "scratch, a GPT-2 name, a Hugging Face directory or a "
-                             "checkpoint file")
+    init_from: str = setting("scratch", "scratch, a GPT-2 name, a model directory or a checkpoint")
     n_layer: int = setting(12, "transformer blocks", 1)
     n_head: int = setting(12, "attention heads in each block", 1)
     n_embd: int = setting(768, "width of the residual stream", 1)
@@ -298,11 +286,10 @@ class TrainConfig:
     max_lr: float = setting(None, "learning rate after the warm-up (default: 6e-4; with muon "
                             "1.8e-3 * sqrt(768 / n_embd))", 0.0)
     min_lr: float = setting(None, "learning rate at the end (default: max_lr / 10)", 0.0)
-    lr_schedule: str = setting("cosine", "how the rate falls: cosine, linear, or wsd: in the last "
-                               "fifth only", choices=("cosine", "linear", "wsd"))
-    embedding_lr_ratio: float = setting(1.0, "learning rate of the embeddings over that of the "
-                                        "rest", 0.0)
-    optimizer: str = setting("adamw", "adamw, or muon for hidden matrices and AdamW for the rest",
+    lr_schedule: str = setting("cosine", "how the rate falls; wsd: in the last fifth only",
+                               choices=("cosine", "linear", "wsd"))
+    embedding_lr_ratio: float = setting(1.0, "the embeddings' learning rate over the others'", 0.0)
+    optimizer: str = setting("adamw", "muon: Muon for hidden matrices, AdamW for the rest",
                              choices=("adamw", "muon"))
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 switches clipping off", 0.0)
@@ -329,16 +316,14 @@ class TrainConfig:
     checkpoint_path: str = setting("", "the checkpoint of --resume")
     # where it runs
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="the machine")
-    dtype: str = setting("auto", "autocast to bfloat16 or float16, or float32 (on CUDA with TF32 "
-                         "products); auto: what the hardware does best",
+    dtype: str = setting("auto", "precision of products; auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
-    shard_ranks: int = setting(0, "with --shard: processes that hold one copy of the model, such "
-                               "as the GPUs of a host; 0: all", 0)
-    reduce_each: bool = setting(False, "with --shard, add up gradients over the ranks after each "
-                                "micro-batch: less memory, more communication")
+    shard_ranks: int = setting(0, "with --shard: processes that hold one copy; 0: all", 0)
+    reduce_each: bool = setting(False, "with --shard: add up gradients after each micro-batch, "
+                                "which takes less memory and more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
