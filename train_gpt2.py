@@ -21,7 +21,6 @@ Every flag, with its default: python train_gpt2.py --help
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from dataclasses import asdict, dataclass
 
@@ -30,16 +29,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
-from fineweb import prepare
+from fineweb import PrepareConfig, prepare
 from gptlib.training import scoring
 from gptlib.training.batch_size import choose_batch_size, memory_errors_told
 from gptlib.checkpoints.formats import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.shards import list_shards
-from gptlib.data.dev_split import open_splits
 from gptlib.checkpoints.huggingface import export_model
-from gptlib.data.loader import prefetch
+from gptlib.data.loader import open_dataset, prefetch
 from gptlib.lock import lock_directory
 from gptlib.training.optim import Muon
 from gptlib.training.parallel import (Evaluation, clip_gradients, create_on, set_gradient_sync, train_with)
@@ -53,7 +51,7 @@ from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng
                             without_cudnn_attention)
 from gptlib.inference.sampling import sample_next
 from gptlib.training.step_log import StepLog, update_if_finite
-from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
+from gptlib.data.tokenizer import tokenizer_to_dict
 from gptlib.tuning import parse_tuning
 from gptlib.training.evaluation import evaluate, validation_loss
 
@@ -465,20 +463,19 @@ def get_lr(step, cfg):
 
 
 def take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world=World(),
-              interrupted=lambda: False, n_common=math.inf):
+              interrupted=lambda: False):
     """One optimizer step on this process's micro-batches (x, y, tokens), at learning rate lr.
 
     Returns this rank's share of the loss (the shares of all ranks add up to the mean over the
     step's tokens), and the norm of the whole gradient before clipping: tensors, which on CUDA the
     device may not have computed yet. If the norm is not finite, the weights stay as they are. If
     `interrupted()` is true between two micro-batches, the step is given up, nothing has changed,
-    and the result is None. It is asked between the first n_common micro-batches only, those that
-    every rank has: the ranks agree on the answer.
+    and the result is None. Every rank has as many micro-batches and asks as often.
     """
     model.train()
     loss_sum = 0.0
-    for i, (x, y, n) in enumerate(micro_batches):
-        if 0 < i < n_common and interrupted():
+    for i, (x, y, n, *_) in enumerate(micro_batches):
+        if i > 0 and interrupted():
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=not cfg.tuned.keep_gradients)
             return None
@@ -554,8 +551,8 @@ def train(cfg, checkpoint=None, world=World()):
     prepare_attention(device, dtype, cfg.block_size)
 
     # data
-    tokenizer = load_tokenizer(cfg.data_root)
-    loader, val_loader, val_tokens_per_byte = open_splits(cfg)
+    data = open_dataset(cfg.data_root, cfg.block_size, cfg.seed, cfg.shuffle, cfg.dev)
+    tokenizer = data.tokenizer
     hellaswag = scoring.load_for_training(cfg.hellaswag_data, cfg.hellaswag_examples, tokenizer,
                                           cfg.block_size, world)
 
@@ -580,10 +577,8 @@ def train(cfg, checkpoint=None, world=World()):
         checkpoint.clear()  # main() holds it too, and the weights need not be in memory twice
     start_step = step
     batch_size = cfg.batch_size or choose_batch_size(raw_model, cfg, device, autocast, dtype, world)
-    positions = itertools.count(position, cfg.total_batch_size)
-    steps = prefetch((loader.batches(p, cfg.total_batch_size, batch_size, world, tokenizer.n_vocab,
-                                      even=cfg.shard)
-                      for p in positions), device)
+    stream = prefetch(data.train.micro_batches(position, cfg.total_batch_size, batch_size, world,
+                                               tokenizer.n_vocab), device)
 
     # The compiled, distributed model trains. The raw model shares its weights, and is evaluated,
     # sampled from and saved.
@@ -591,13 +586,13 @@ def train(cfg, checkpoint=None, world=World()):
     evaluation = Evaluation(raw_model, autocast, world)
     loss_of = validation_loss(raw_model, device, batch_size, cfg.compile and not cfg.shard)
 
-    facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
-    print_run(facts, loader.n_tokens)
+    facts = describe_run(cfg, raw_model, device, dtype, world, batch_size, data.description)
+    print_run(facts, data.train.n_tokens)
     reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
-                        val_tokens_per_byte, tokenizer.name == "gpt2")
+                        data.val_tokens_per_byte, tokenizer.name == "gpt2")
     as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
     saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
-    with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
+    with (reporter, saver, contextlib.closing(stream), StepLog(reporter, device) as step_log,
           StopSignal(world) as stop_signal):
         while True:
             last_step = step == cfg.max_steps
@@ -608,7 +603,7 @@ def train(cfg, checkpoint=None, world=World()):
             due = step % cfg.eval_interval == 0 or last_step
             if due and step != val_step and not stop:
                 step_log.flush()
-                val_loss = evaluate(raw_model, val_loader, cfg.val_tokens, batch_size, device,
+                val_loss = evaluate(raw_model, data.val, cfg.val_tokens, batch_size, device,
                                     evaluation, world, loss_of)
                 val_step = step
                 reporter.validation(step, val_loss)
@@ -639,10 +634,11 @@ def train(cfg, checkpoint=None, world=World()):
             step_log.start()
             rng_before = get_rng(device)
             lr = get_lr(step, cfg)
-            n_common = loader.fewest_micro_batches(position, cfg.total_batch_size, batch_size,
-                                                   world.size)
-            result = take_step(model, next(steps), optimizers, scaler, autocast, lr, cfg, world,
-                               stop_signal.on_any_rank, n_common)
+            micro_batches = []
+            while not (micro_batches and micro_batches[-1].is_last):
+                micro_batches.append(next(stream))
+            result = take_step(model, micro_batches, optimizers, scaler, autocast, lr, cfg, world,
+                               stop_signal.on_any_rank)
             if result is None:  # a signal came between two micro-batches: the step never was
                 set_rng(device, rng_before)
                 continue
@@ -667,7 +663,8 @@ def make_demo_data(cfg, world):
     print0(f"no shards in {cfg.data_root!r}: making some from the Python standard library of this "
            "interpreter")
     if world.rank == 0:
-        prepare(cfg.data_root, source="stdlib", tokenizer="bpe", vocab_size=DEMO_VOCAB_SIZE)
+        prepare(PrepareConfig(cfg.data_root, source="stdlib", tokenizer="bpe",
+                              vocab_size=DEMO_VOCAB_SIZE))
     any_rank(False, world)  # wait for rank 0
 
 

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from gptlib.common import duration, first_line, print0
-from gptlib.data.shards import read_meta
 from gptlib.training.run_log import RunLog
 from gptlib.runtime import device_name, git_commit, peak_flops
 
@@ -134,14 +133,14 @@ class Reporter:
         print0(f"done: {step} steps, {position:,} tokens{shown}")
 
 
-def describe_run(cfg, model, device, dtype, world, batch_size):
+def describe_run(cfg, model, device, dtype, world, batch_size, data):
     """The facts of the log's first record: what a reader needs to run the same again."""
     return dict(
         config=asdict(cfg), parameters=sum(p.numel() for p in model.parameters()),
         git_commit=git_commit(), torch=torch.__version__, device=device_name(device),
         dtype=str(dtype), world_size=world.size, batch_size=batch_size,
         vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=describe_command(), machine=describe_machine(), data=describe_data(cfg.data_root))
+        command=describe_command(), machine=describe_machine(), data=data)
 
 
 def describe_command():
@@ -166,19 +165,6 @@ def describe_machine():
     return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", system]))
 
 
-def describe_data(data_root):
-    """The dataset in one line: where it is, its source and size."""
-    meta = read_meta(data_root)
-    parts = [str(data_root)]
-    if "source" in meta:
-        parts.append(meta["source"])
-    if "tokens" in meta:
-        parts.append(f"{meta['tokens']['train']:,} training tokens")
-    if "tokenizer" in meta:
-        parts.append(f"tokenizer {meta['tokenizer']}")
-    return ", ".join(parts)
-
-
 def print_run(facts, n_tokens):
     """Print in one line what is about to run."""
     cfg = facts["config"]
@@ -195,13 +181,3 @@ def print_run(facts, n_tokens):
 def peak_gpu_memory(device):
     """MiB that tensors took on the GPU at most, or None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-
-
-def tokens_per_byte(data_root, split):
-    """Tokens for each byte of text in a split, which makes bits per byte of nats per token.
-
-    None where meta.json does not tell.
-    """
-    meta = read_meta(data_root)
-    n_tokens, n_bytes = (meta.get(key, {}).get(split) for key in ("tokens", "bytes"))
-    return n_tokens / n_bytes if n_tokens and n_bytes else None

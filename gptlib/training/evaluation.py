@@ -29,9 +29,9 @@ def evaluate(model, loader, n_tokens, batch_size, device, autocast, world=World(
     batches = tqdm(batches, total=n_batches, desc="validation", leave=False,
                    disable=None if world.rank == 0 else True)
     with autocast:
-        for x, y, n in batches:
+        for x, y, n, _ in batches:
             if n == 0:
-                continue  # more ranks than rows: this one has no share
+                continue  # this rank has fewer rows than others
             loss = loss_of(x.to(device), y.to(device))
             total += loss.to(total.device).double() * n
     total = total.cpu()
