@@ -36,53 +36,117 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from gptlib.common import ArgumentParser, UserError, atomic_write, run_main, warn
-from gptlib.data.shards import list_shards, read_checksums, read_meta, verify_shard
-from gptlib.lock import lock_directory
-from gptlib.data.parts import WHOLE, merge_parts, parse_part
-from gptlib.data.preparation import (ShardWriter, encode_batches, split_chunk, training_text,
-                                whole_documents)
+from gptlib.common import ArgumentParser, UserError, atomic_write, print0, run_main, warn
+from gptlib.config import add_flags, check_settings, setting
+from gptlib.data.merging import merge_parts
+from gptlib.data.parts import WHOLE, parse_part
+from gptlib.data.shard_writer import ShardWriter
+from gptlib.data.shards import checksums_of, list_shards, read_meta, verify_shard
 from gptlib.data.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.data.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
+from gptlib.data.tokenizing import encode_batches, split_chunk, training_text, whole_documents
+from gptlib.lock import lock_directory
+from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS
 
 # bytes: up to four of FineWeb-Edu's files, of 2.15 GB each, are on the disk at a time
 DOWNLOADS = 4 * 2_150_000_000
 
+# -----------------------------------------------------------------------------
+# settings: one dataclass makes the command line, the checks, and the table in docs/data.md
 
-def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None, column="text",
-            tokenizer="gpt2", vocab_size=None, shard_size=10**8, val_fraction=0.1, num_proc=None,
-            seed=1337, prefix="edufineweb", max_tokens=None, pattern=None, part=None,
-            revision=None, keep_downloads=False):
+
+@dataclass
+class PrepareConfig:
+    data_root: str = setting("edu_fineweb10B", "dataset directory to write")
+
+    # where text comes from
+    source: str = setting(None, "fineweb, files or stdlib (default: fineweb, or files if --files "
+                          "is given)", choices=("fineweb", "files", "stdlib"), optional=True)
+    files: str = setting(None, "text files, as a quoted pattern: .txt .md .jsonl .json.gz "
+                         ".parquet; ** matches any folders", optional=True)
+    dataset: str = setting(FINEWEB, "name on the Hugging Face Hub, or a local directory")
+    name: str = setting(None, "configuration of the dataset; for FineWeb-Edu sample-10BT "
+                        "(default), sample-100BT or sample-350BT", optional=True)
+    column: str = setting("text", "column or key that holds the text")
+    revision: str = setting(None, "commit, branch or tag of the dataset on the Hub (default: the "
+                            "newest)", optional=True)
+    keep_downloads: bool = setting(False, "download into Hugging Face's cache and keep the files "
+                                   "there")
+
+    # how it becomes tokens
+    tokenizer: str = setting("gpt2", "gpt2; bpe, which trains one on the text; or a checkpoint, a "
+                             "dataset directory or a Hugging Face directory, to use its tokenizer")
+    vocab_size: int = setting(None, f"for bpe: the number of ids, {EOT} included", 257, 65536,
+                              optional=True)
+    pattern: str = setting(None, "for bpe: gpt2 splits text as GPT-2 does, which llama.cpp can "
+                           "read from a GGUF file (default: our own, better for Chinese and "
+                           "Japanese)", choices=("gpt2",), optional=True)
+    num_proc: int = setting(None, "tokenizing threads; if they are more than four, each has a "
+                            "process of its own (default: one per core)", 1, optional=True)
+
+    # what is written
+    max_tokens: int = setting(None, "end before the first document that would go past so many "
+                              "tokens (default: no limit)", 2, optional=True)
+    shard_size: int = setting(10**8, "tokens in a shard", 1)
+    prefix: str = setting("edufineweb", "first part of the names of the shards")
+    val_fraction: float = setting(0.1, "share of the tokens for validation, in a corpus smaller "
+                                  "than two shards; below 1", above=0)
+    seed: int = setting(1337, "seed of the order of documents, in a corpus smaller than two "
+                        "shards", 0)
+    part: str = setting(None, "prepare only part K of N of the source, written K/N, in a folder of "
+                        "its own in --data_root; each machine makes another part", optional=True)
+
+    def __post_init__(self):
+        check_settings(self)
+        if (self.vocab_size is not None) != (self.tokenizer == "bpe"):
+            raise UserError(f"--tokenizer {self.tokenizer} --vocab_size {self.vocab_size}: a size "
+                            "goes with bpe, and bpe with a size")
+        if self.pattern and self.tokenizer != "bpe":
+            raise UserError(f"--tokenizer {self.tokenizer} --pattern {self.pattern}: a pattern "
+                            "goes with bpe")
+        if self.val_fraction >= 1:
+            raise UserError(f"--val_fraction is {self.val_fraction}: expected a number between 0 "
+                            "and 1")
+        if not self.prefix or re.search(r"_(train|val)_|[/\\]", f"{self.prefix}_"):
+            raise UserError(f"--prefix is {self.prefix!r}: expected part of a file name, without "
+                            "_train_ or _val_")
+        # What a smaller corpus holds out depends on where it ends, and that on the tokenizer.
+        two_shards = 2 * self.shard_size
+        if self.max_tokens and self.tokenizer == "bpe" and self.max_tokens < two_shards:
+            raise UserError(f"--max_tokens is {self.max_tokens}: expected at least two shards with "
+                            f"--tokenizer bpe, {two_shards} tokens; choose a smaller --shard_size")
+        if self.max_tokens and parse_part(self.part) != WHOLE:
+            raise UserError("--max_tokens ends the whole source, so it does not go with --part")
+        self.source = self.source or ("fineweb" if self.files is None else "files")
+        if self.source == "fineweb" and self.dataset == FINEWEB:
+            self.name = self.name or "sample-10BT"
+        self.num_proc = self.num_proc or os.cpu_count()
+
+
+# -----------------------------------------------------------------------------
+# making a dataset
+
+
+def prepare(cfg):
     """Write the shards, meta.json and tokenizer of a dataset directory, or continue after a kill.
 
-    source: "fineweb" (dataset, name and column: on the Hub, or a local directory of its layout),
-    "files" (files: a glob pattern) or "stdlib". tokenizer: "bpe" trains one of vocab_size ids,
-    which splits text as GPT-2 does where pattern is "gpt2"; anything else is what named_tokenizer
-    takes. shard_size is in tokens; num_proc: threads;
-    max_tokens: end before the first document that would go past it. part: "3/8" prepares the third
-    of eight parts in a folder of its own. revision: a commit, branch or tag of the dataset.
-    Returns the contents of meta.json. Raises UserError for errors that the user can fix.
+    cfg: a PrepareConfig. Returns the contents of meta.json. Raises UserError for errors that the
+    user can fix.
     """
-    part = parse_part(part)
-    root = Path(data_root) / part.folder() if part != WHOLE else Path(data_root)
-    num_proc = os.cpu_count() if num_proc is None else num_proc
-    check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix,
-                  max_tokens, pattern)
+    part = parse_part(cfg.part)
+    root = Path(cfg.data_root)
     if part != WHOLE:
-        check_part(data_root, max_tokens)
-    if source == "fineweb" and dataset == FINEWEB:
-        name = name or "sample-10BT"
+        if read_meta(root).get("complete"):
+            raise UserError(f"{root} is a dataset already: choose another --data_root")
+        root = root / part.folder()
     meta = read_meta(root)
-    text = open_source(source, files, dataset, name, column, revision=revision,
-                       recorded=meta.get("hub"),
-                       folder=None if keep_downloads else root / "downloads")
-    settings = {"source": text.description, "tokenizer": tokenizer, "vocab_size": vocab_size,
-                "shard_size": shard_size, "val_fraction": val_fraction, "seed": seed,
-                "prefix": prefix, "max_tokens": max_tokens, "pattern": pattern,
-                "part": f"{part.number}/{part.count}" if part != WHOLE else None,
-                "revision": revision}
+    text = open_source(cfg.source, cfg.files, cfg.dataset, cfg.name, cfg.column,
+                       revision=cfg.revision, recorded=meta.get("hub"),
+                       folder=None if cfg.keep_downloads else root / "downloads")
+    settings = recorded_settings(cfg, part, text)
 
     # continue what an interrupted run with these settings has left, or begin
     finished_shards = find_finished_shards(root, meta)
@@ -95,8 +159,8 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
               f"{len(finished_shards)} shards. Nothing to do")
         return meta
     enc = None
-    if changed and tokenizer != "bpe":
-        enc = named_tokenizer(tokenizer)  # a wrong name shows before the directory is made
+    if changed and cfg.tokenizer != "bpe":
+        enc = named_tokenizer(cfg.tokenizer)  # a wrong name shows before the directory is made
     with lock_directory(root):
         found_files = text.resolve()
         if changed:
@@ -105,12 +169,21 @@ def prepare(data_root, source="fineweb", files=None, dataset=FINEWEB, name=None,
             enc = load_tokenizer(root)  # it was written before meta.json was
         meta |= found_files
         with ShardWriter(root, meta, enc, finished_shards, part) as writer:
-            tell_room_needed(writer, text, max_tokens, dataset, name)
+            tell_room_needed(writer, text, cfg.max_tokens, cfg.dataset, cfg.name)
             writer.save_meta()
-            write_documents(writer, enc, text, num_proc, max_tokens)
+            write_documents(writer, enc, text, cfg.num_proc, cfg.max_tokens)
         text.close()
     print_summary(writer, root)
     return read_meta(root)
+
+
+def recorded_settings(cfg, part, text):
+    """The settings that decide the contents of the dataset, as meta.json keeps them."""
+    return {"source": text.description, "tokenizer": cfg.tokenizer, "vocab_size": cfg.vocab_size,
+            "shard_size": cfg.shard_size, "val_fraction": cfg.val_fraction, "seed": cfg.seed,
+            "prefix": cfg.prefix, "max_tokens": cfg.max_tokens, "pattern": cfg.pattern,
+            "part": f"{part.number}/{part.count}" if part != WHOLE else None,
+            "revision": cfg.revision}
 
 
 def print_summary(writer, root):
@@ -120,43 +193,6 @@ def print_summary(writer, root):
     print("{documents:,} documents ({empty:,} empty, {repaired:,} with lone surrogates replaced): "
           "{tokens:,} tokens, {bytes:,} bytes of text".format(**writer.totals()),
           f"in {len(writer.shards)} shards, {where_val_is}, in {root}")
-
-
-def check_options(tokenizer, vocab_size, shard_size, val_fraction, num_proc, prefix, max_tokens,
-                  pattern):
-    """Raise UserError for the first option out of range."""
-    if (vocab_size is not None) != (tokenizer == "bpe"):
-        raise UserError(f"--tokenizer {tokenizer} --vocab_size {vocab_size}: a size goes with bpe, "
-                        "and bpe with a size")
-    if vocab_size is not None and not 257 <= vocab_size <= 65536:
-        raise UserError(f"--vocab_size {vocab_size}: expected 257 (the bytes and {EOT}) to 65536 "
-                        "(uint16 shards)")
-    if pattern is not None and (pattern != "gpt2" or tokenizer != "bpe"):
-        raise UserError(f"--tokenizer {tokenizer} --pattern {pattern}: expected bpe with gpt2, or "
-                        "no --pattern")
-    if shard_size < 1:
-        raise UserError(f"--shard_size {shard_size}: expected at least 1")
-    if num_proc < 1:
-        raise UserError(f"--num_proc {num_proc}: expected at least 1")
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction}: expected a number between 0 and 1")
-    if not prefix or re.search(r"_(train|val)_|[/\\]", f"{prefix}_"):
-        raise UserError(f"--prefix {prefix!r}: expected part of a file name, without _train_ or "
-                        "_val_")
-    if max_tokens is not None and max_tokens < 2:
-        raise UserError(f"--max_tokens {max_tokens}: expected at least 2, one for each split")
-    # What a smaller corpus holds out depends on where it ends, and that depends on the tokenizer.
-    if max_tokens is not None and tokenizer == "bpe" and max_tokens < 2 * shard_size:
-        raise UserError(f"--max_tokens {max_tokens}: expected at least two shards with --tokenizer "
-                        f"bpe, {2 * shard_size} tokens; choose a smaller --shard_size")
-
-
-def check_part(data_root, max_tokens):
-    """Raise UserError where no part can be prepared."""
-    if max_tokens is not None:
-        raise UserError("--max_tokens ends the whole source, so it does not go with --part")
-    if read_meta(data_root).get("complete"):
-        raise UserError(f"{data_root} is a dataset already: choose another --data_root")
 
 
 def find_finished_shards(root, meta):
@@ -173,14 +209,14 @@ def find_finished_shards(root, meta):
 
 
 def changed_settings(meta, settings):
-    """How the settings in meta.json differ from these, in words; all of them in an empty meta."""
+    """How the settings in meta.json differ from these, in words; an empty meta differs in all."""
     earlier = meta.get("settings", {})
     return [f"{key} was {earlier.get(key)!r}, is {value!r}"
             for key, value in settings.items() if value != earlier.get(key)]
 
 
 def begin_dataset(root, settings, read, enc):
-    """Save the tokenizer in the new directory; where enc is None, train it first.
+    """Save the tokenizer in the new directory; if enc is None, train it first.
 
     Returns (the first contents of meta.json, the tokenizer).
     """
@@ -225,9 +261,9 @@ def named_tokenizer(name):
 
 
 def tell_room_needed(writer, text, max_tokens, dataset, name):
-    """Print how much room the dataset will take, where that is known, and whether there is as much.
+    """Print how much room the dataset will take, if that is known, and warn if there is less.
 
-    Only a warning, because the source may have fewer tokens than --max_tokens.
+    It is only a warning, because the source may have fewer tokens than --max_tokens.
     """
     is_fineweb = dataset == FINEWEB and name in FINEWEB_TOKENS
     known = [max_tokens] if max_tokens else []
@@ -276,7 +312,7 @@ def write_documents(writer, enc, text, num_proc, max_tokens=None):
 # are the shards as they were written?
 
 
-def verify_dataset(data_root, num_proc=None):
+def verify_dataset(data_root, num_proc):
     """Check every shard of a dataset directory against its checksum in meta.json, in parallel.
 
     Prints a line for each shard that is damaged or missing, and raises UserError if there is one.
@@ -284,11 +320,9 @@ def verify_dataset(data_root, num_proc=None):
     """
     from tqdm import tqdm
     root = Path(data_root)
-    num_proc = os.cpu_count() if num_proc is None else num_proc
-    if num_proc < 1:
-        raise UserError(f"--num_proc {num_proc}: expected at least 1")
-    checksums = read_checksums(root)
-    paths = shards_to_verify(root)
+    meta = read_meta(root)
+    checksums = checksums_of(meta)
+    paths = shards_to_verify(root, meta)
     expected = [checksums.get(path.name) for path in paths]
     problems = []
     with ThreadPoolExecutor(num_proc) as pool:
@@ -316,9 +350,8 @@ def find_problem(path, checksum):
     return None
 
 
-def shards_to_verify(root):
+def shards_to_verify(root, meta):
     """Sorted paths of the shards on disk and of those that meta.json says should be there."""
-    meta = read_meta(root)
     recorded = [root / shard["name"] for shard in meta.get("shards", [])]
     if recorded and not meta.get("complete"):
         print(f"{root} is not complete: the command that makes it was interrupted, or runs")
@@ -334,55 +367,46 @@ def shards_to_verify(root):
 
 def make_parser():
     parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("--data_root", default="edu_fineweb10B", help="dataset directory to write")
-    add("--source", choices=["fineweb", "files", "stdlib"],
-        help="where text comes from (default: fineweb, or files if --files is given)")
-    add("--files", metavar="GLOB", help="text files, as a quoted pattern: .txt .md .jsonl .json.gz "
-        ".parquet; ** matches any folders")
-    add("--dataset", default=FINEWEB, help="name on the Hugging Face Hub, or a local directory")
-    add("--name", help="configuration of the dataset; for FineWeb-Edu sample-10BT (default), "
-        "sample-100BT or sample-350BT")
-    add("--column", default="text", help="column or key that holds the text")
-    add("--tokenizer", default="gpt2", help="gpt2 (default); bpe, which trains one on the text; or "
-        "a checkpoint, a dataset directory or a Hugging Face directory, to use its tokenizer")
-    add("--vocab_size", type=int, help="ids of bpe, <|endoftext|> included: 257 to 65536")
-    add("--pattern", choices=["gpt2"], help="of bpe: split text as GPT-2 does, which llama.cpp can "
-        "read from a GGUF file (default: our own, better for Chinese and Japanese)")
-    add("--shard_size", type=int, default=10**8, help="tokens in a shard")
-    add("--max_tokens", type=int,
-        help="end before the first document that would go past so many tokens (default: no limit)")
-    add("--val_fraction", type=float, default=0.1,
-        help="share of the tokens for validation, in a corpus smaller than two shards")
-    add("--num_proc", type=int, help="tokenizing threads; where they are more than four, each "
-        "with a process of its own (default: one per core)")
-    add("--seed", type=int, default=1337,
-        help="seed of the order of documents, in a corpus smaller than two shards")
-    add("--prefix", default="edufineweb", help="first part of the names of the shards")
-    add("--verify", action="store_true",
-        help="only check the shards in --data_root against their checksums, and exit")
-    add("--part", metavar="K/N", help="prepare only part K of N of the source, such as 3/8, in a "
-        "folder of its own in --data_root; each machine makes another part")
-    add("--merge", action="store_true",
-        help="only join the parts in --data_root to one dataset, and exit")
-    add("--revision", help="commit, branch or tag of the dataset on the Hub (default: the newest)")
-    add("--keep_downloads", action="store_true",
-        help="download into Hugging Face's cache and keep the files there")
+    add_flags(parser, PrepareConfig)
+    parser.add_argument("--verify", action="store_true", help="only check the shards in "
+                        "--data_root against their checksums, and exit")
+    parser.add_argument("--merge", action="store_true",
+                        help="only join the parts in --data_root to one dataset, and exit")
     return parser
 
 
+def find_or_make_shards(data_root, is_demo, world):
+    """Make the demo's dataset if there are no shards yet: rank 0 does, the others wait.
+
+    Raises UserError if another dataset is missing.
+    """
+    if list_shards(data_root, "train"):
+        return
+    if not is_demo or data_root != PRESETS["demo"]["data_root"]:
+        raise UserError(f"no shards in {data_root!r}. Make them: python fineweb.py --data_root "
+                        f"{data_root}\nor see it all work on a small corpus first: "
+                        "python train_gpt2.py --preset demo")
+    print0(f"no shards in {data_root!r}: making some from the Python standard library of this "
+           "interpreter")
+    if world.rank == 0:
+        prepare(PrepareConfig(data_root, source="stdlib", tokenizer="bpe",
+                              vocab_size=DEMO_VOCAB_SIZE))
+    from gptlib.distributed import any_rank  # loads torch, which preparing data does not need
+    any_rank(False, world)  # wait for rank 0
+
+
 def main():
-    args = vars(make_parser().parse_args())
-    if args.pop("merge"):
-        meta = merge_parts(args["data_root"])
-        print(f"{args['data_root']}: {sum(meta['tokens'].values()):,} tokens in "
+    flags = vars(make_parser().parse_args())
+    merge, verify = flags.pop("merge"), flags.pop("verify")
+    cfg = PrepareConfig(**flags)
+    if merge:
+        meta = merge_parts(cfg.data_root)
+        print(f"{cfg.data_root}: {sum(meta['tokens'].values()):,} tokens in "
               f"{len(meta['shards'])} shards")
-        return
-    if args.pop("verify"):
-        verify_dataset(args["data_root"], args["num_proc"])
-        return
-    args["source"] = args["source"] or ("fineweb" if args["files"] is None else "files")
-    prepare(**args)
+    elif verify:
+        verify_dataset(cfg.data_root, cfg.num_proc)
+    else:
+        prepare(cfg)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from benches.turns import ROOT, run_command, show_results, show_seconds, take_turns
-from fineweb import prepare
+from fineweb import PrepareConfig, prepare
 
 
 def bench_start(args):
@@ -17,8 +17,8 @@ def bench_start(args):
         lines = [f"The {n} green bottles are hanging on the wall.\n" for n in range(20000)]
         corpus = Path(folder) / "corpus.txt"
         corpus.write_text("".join(lines))
-        prepare(f"{folder}/data", source="files", files=str(corpus), tokenizer="bpe",
-                vocab_size=300)
+        prepare(PrepareConfig(f"{folder}/data", files=str(corpus), tokenizer="bpe",
+                              vocab_size=300))
 
         def command(*argv):
             def work():

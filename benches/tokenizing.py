@@ -12,10 +12,10 @@ import numpy as np
 
 from benches.turns import show_results, take_turns
 from fineweb import write_documents
-from gptlib.data.preparation import ShardWriter, encode_stream
-from gptlib.data.sources import open_source
-from gptlib.data.stdlib import stdlib_files
+from gptlib.data.shard_writer import ShardWriter
+from gptlib.data.sources import open_source, stdlib_files
 from gptlib.data.tokenizer import load_tokenizer
+from gptlib.data.tokenizing import encode_stream
 
 SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are written in a turn
 

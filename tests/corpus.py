@@ -1,6 +1,8 @@
 """What the tests of text and tokens share: documents, tokenizers, and readers of datasets."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import subprocess
@@ -13,6 +15,9 @@ import tiktoken
 
 from conftest import ROOT
 
+import fineweb
+from fineweb import PrepareConfig, prepare
+from gptlib.common import run_main
 from gptlib.data.shards import list_shards, open_shard
 from gptlib.data.tokenizer import train_bpe
 
@@ -81,8 +86,41 @@ def contents(root):
     return {path.name: path.read_bytes() for path in Path(root).iterdir() if path.name != ".lock"}
 
 
+def make_dataset(data_root, **options):
+    """Prepare a dataset in this process; options: fields of PrepareConfig, and paths may be Paths.
+
+    Returns the contents of meta.json.
+    """
+    paths = {key: str(value) for key, value in options.items() if isinstance(value, Path)}
+    return prepare(PrepareConfig(str(data_root), **(options | paths)))
+
+
+def fineweb_here(*args):
+    """Run fineweb.py's main in this process, which saves the start of another.
+
+    Returns what fineweb_command does.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    argv, sys.argv = sys.argv, ["fineweb.py", *map(str, args)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_main(fineweb.main)
+    except SystemExit as end:
+        code = 1 if isinstance(end.code, str) else end.code or 0
+        if isinstance(end.code, str):
+            err.write(end.code + "\n")
+    finally:
+        sys.argv = argv
+    texts = []
+    for file in (out, err):
+        file.flush()
+        texts.append(file.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(args, code, *texts)
+
+
 def fineweb_command(*args, **options):
-    """Run fineweb.py as a user would."""
+    """Run fineweb.py as a user would, in a process of its own."""
     options = {"env": os.environ} | options
     return subprocess.run([sys.executable, str(ROOT / "fineweb.py"), *map(str, args)],
                           capture_output=True, text=True, timeout=120, **options)

@@ -1,23 +1,114 @@
-"""Which tokens a step reads: a split as an endless stream of windows, and the thread that
-prefetches them.
+"""Which tokens a step reads: the splits of a dataset as streams of windows, and the thread that
+prefetches micro-batches.
+
+B: rows of a micro-batch, T: tokens of a window (block_size), N: tokens of a split.
 """
 
 import functools
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 
 from gptlib.common import UserError
-from gptlib.data.shards import list_shards, open_shard, read_checksums, verify_shard
+from gptlib.data.shards import (checksums_of, list_shards, open_shard, read_meta, tokens_per_byte,
+                                verify_shard)
+from gptlib.data.tokenizer import byte_lengths, find_tokenizer, load_tokenizer
 from gptlib.distributed import World
+
+# -----------------------------------------------------------------------------
+# a dataset, opened
+
+# The largest dev split, as many tokens as the recipe's val_tokens; usually it is a tenth of a
+# small training text.
+MAX_DEV_TOKENS = 10485760
+
+
+@dataclass
+class Dataset:
+    """What a run reads: its tokenizer, the tokens to train on and the tokens to evaluate on."""
+    tokenizer: tiktoken.Encoding
+    train: "TokenLoader"
+    val: "TokenLoader"
+    val_tokens_per_byte: float | None  # None if the bytes of text are not known
+    description: str  # where it is, its source, size and tokenizer, in one line
+
+
+def open_dataset(data_root, block_size, seed=0, shuffle=False, dev=False):
+    """Open a dataset directory; meta.json is read once. Returns a Dataset.
+
+    seed, shuffle: the order of the training windows, see TokenLoader. dev: evaluate on the end of
+    the training text and train on the rest. A setting chosen by the val loss makes that loss look
+    better than it is; with dev the val split is never opened. Raises UserError if the directory is
+    no dataset, or if a tenth of the training text is too little for a dev split.
+    """
+    meta = read_meta(data_root)
+    tokenizer = load_tokenizer(find_tokenizer(data_root, meta))
+    train = TokenLoader(data_root, "train", block_size, seed, shuffle, meta)
+    description = describe_dataset(data_root, meta)
+    if not dev:
+        val = TokenLoader(data_root, "val", block_size, meta=meta)
+        return Dataset(tokenizer, train, val, tokens_per_byte(meta, "val"), description)
+
+    end = train.n_tokens
+    begin = end - min(end // 10, MAX_DEV_TOKENS)
+    if end - begin < 2:
+        raise UserError(f"--dev holds out a tenth of the training text, but {data_root!r} has "
+                        f"{end} training tokens: too few")
+    val = PartLoader(data_root, "train", block_size, begin, end, meta=meta)
+    train = PartLoader(data_root, "train", block_size, 0, begin, seed, shuffle, meta)
+    n_bytes = count_bytes(val, tokenizer)
+    return Dataset(tokenizer, train, val, val.n_tokens / n_bytes if n_bytes else None, description)
+
+
+def describe_dataset(data_root, meta):
+    """The dataset in one line: where it is, its source, its size and its tokenizer."""
+    parts = [str(data_root)]
+    if "source" in meta:
+        parts.append(meta["source"])
+    if "tokens" in meta:
+        parts.append(f"{meta['tokens']['train']:,} training tokens")
+    if "tokenizer" in meta:
+        parts.append(f"tokenizer {meta['tokenizer']}")
+    return ", ".join(parts)
+
+
+def count_bytes(loader, tokenizer):
+    """The bytes of text that a stream's tokens stand for; <|endoftext|> stands for none."""
+    sizes = np.zeros(2**16, dtype=np.int64)  # of every id that a shard can hold
+    sizes[:tokenizer.n_vocab] = byte_lengths(tokenizer)
+    total = 0
+    for i in range(len(loader.paths)):
+        total += int(sizes[loader._open_shard(i)].sum())
+    return total
+
+
+# -----------------------------------------------------------------------------
+# a split as an endless stream of tokens
+
+
+class MicroBatch(NamedTuple):
+    """One rank's rows of a step.
+
+    x, y: (up to B, T) int64, the inputs and their targets; targets of -1 do not count. n_tokens:
+    how many targets count; 0 if the micro-batch only pads, and its rows repeat others. is_last:
+    whether it is the last of its step.
+    """
+    x: torch.Tensor
+    y: torch.Tensor
+    n_tokens: int
+    is_last: bool
 
 
 class TokenLoader:
     """One split of a dataset as an endless stream of tokens, a pure function of (seed, position).
 
     The shards, joined, have N tokens; an epoch reads each of them once. The stream is cut into
-    windows of T = block_size tokens, and every token predicts the next one; the last token of the
+    windows of T = block_size tokens, and every token predicts the next one. The last token of the
     split predicts its first, which is <|endoftext|>.
 
     Epoch 0 is in file order, unless `shuffle` is set. Every later epoch begins at a seeded
@@ -25,9 +116,11 @@ class TokenLoader:
     permutation: shard by shard, so that one shard at a time is read. A window that reaches from
     one epoch into the next is not permuted, so that an epoch reads each token once whatever N and
     T are.
+
+    meta: what read_meta returns, if it has been read already.
     """
 
-    def __init__(self, data_root, split, block_size, seed=0, shuffle=False):
+    def __init__(self, data_root, split, block_size, seed=0, shuffle=False, meta=None):
         self.split = split
         self.paths = list_shards(data_root, split)
         if not self.paths:
@@ -45,7 +138,8 @@ class TokenLoader:
         self._permutation = functools.lru_cache(2)(self._draw_permutation)
         self._epoch_plan = functools.lru_cache(2)(self._plan_epoch)
 
-        self.verifier = ShardVerifier(read_checksums(data_root))
+        meta = read_meta(data_root) if meta is None else meta
+        self.verifier = ShardVerifier(checksums_of(meta))
 
     def _open_and_verify(self, i):
         self.verifier.start(self.paths[i])
@@ -57,9 +151,9 @@ class TokenLoader:
     def _plan_epoch(self, epoch):
         """Where an epoch begins, and in which order it visits the shards.
 
-        Returns (offset of its first token in the split, order of the shards, windows up to the
-        end of each shard in that order, first window of each shard). The shard in which the epoch
-        begins counts as two.
+        Returns (offset of its first token in the split, order of the shards, number of windows up
+        to the end of each shard in that order, first window of each shard). The shard in which the
+        epoch begins counts as two.
         """
         N, T = self.n_tokens, self.block_size
         rng = np.random.default_rng((self.seed, epoch))
@@ -76,8 +170,7 @@ class TokenLoader:
         return begin, order, ends, edges
 
     def _segments(self, position, length):
-        """Yield (offset in the split, number of tokens) of what the stream reads from `position`
-        on.
+        """Yield (offset in the split, number of tokens) of each segment from `position` on.
 
         Segments end where a window or an epoch ends.
         """
@@ -106,9 +199,7 @@ class TokenLoader:
         return i, offset - int(self.starts[i])
 
     def _read(self, start, n):
-        """n tokens from offset `start` on, as an int64 tensor; the split's first token follows
-        its last.
-        """
+        """n tokens from offset `start` on, int64 (n,); the split's first token follows its last."""
         out = np.empty(n, dtype=np.int64)
         done = 0
         while done < n:
@@ -119,8 +210,7 @@ class TokenLoader:
         return torch.from_numpy(out)
 
     def _check_vocab(self, tokens, start, vocab_size):
-        """Raise UserError that names shard, place and id of a token that the model does not know.
-        """
+        """Raise UserError, with shard, place and id, if the model does not know a token."""
         unknown = (tokens >= vocab_size).nonzero()
         if len(unknown) == 0:
             return
@@ -131,16 +221,23 @@ class TokenLoader:
             f"has {vocab_size} tokens. The shard is damaged or of another tokenizer: make it again "
             "with python fineweb.py")
 
-    def batches(self, position, n_tokens, batch_size, world=World(), vocab_size=None, even=False):
-        """Yield this rank's share of the n_tokens from `position` on, in micro-batches (x, y,
-        tokens in it).
+    def micro_batches(self, position, tokens_per_step, batch_size, world=World(), vocab_size=None):
+        """Yield this rank's micro-batches of the steps from `position` on, without end.
 
-        x, y: (up to batch_size, block_size) int64. The tokens are cut into rows where windows
-        end, and the rows dealt out to the ranks. A row that is cut short, or begins inside a
-        window, is padded with targets of -1. A rank without a row gets one of 0 tokens, so that
-        it can take part in what the others do; with `even`, any rank gets such ones until all
-        have as many micro-batches. Raises UserError for a token id of vocab_size or more, where
-        that is given.
+        Each step reads the next tokens_per_step tokens. See `batches` for the rest.
+        """
+        while True:
+            yield from self.batches(position, tokens_per_step, batch_size, world, vocab_size)
+            position += tokens_per_step
+
+    def batches(self, position, n_tokens, batch_size, world=World(), vocab_size=None):
+        """Yield this rank's share of the n_tokens from `position` on, as one step's MicroBatches.
+
+        The tokens are cut into rows where windows end, and the rows are dealt out to the ranks. A
+        row that is cut short, or begins inside a window, is padded with targets of -1. Every rank
+        gets as many micro-batches, so that all take part in the same exchanges: a rank that has
+        fewer rows gets some with n_tokens 0. Raises UserError for a token id of vocab_size or more,
+        if that is given, and for a damaged shard.
         """
         self.verifier.raise_if_damaged()
         T = self.block_size
@@ -150,25 +247,24 @@ class TokenLoader:
             rows.append((position, length))
             position, n_tokens = position + length, n_tokens - length
         mine = rows[world.rank::world.size]
-        n_rows = len(rows[::world.size]) if even else len(mine)  # rank 0 has the most
-        for i in range(0, max(n_rows, 1), batch_size):
-            micro_batch = mine[i:i + batch_size] or rows[:1]
-            x = torch.zeros(len(micro_batch), T, dtype=torch.int64)
-            y = torch.full((len(micro_batch), T), -1)
-            for row, (first, length) in enumerate(micro_batch):
-                self._fill_row(x[row], y[row], first, length, vocab_size)
-            yield x, y, sum(length for _, length in mine[i:i + batch_size])
+        n_rows = len(rows[::world.size])  # of rank 0, which has the most
+        for i in range(0, n_rows, batch_size):
+            mine_now = mine[i:i + batch_size]
+            n = sum(length for _, length in mine_now)
+            # The mean loss of no targets is NaN, so a micro-batch that only pads reads a real row.
+            x, y = self._read_rows(mine_now or rows[:1], vocab_size)
+            yield MicroBatch(x, y, n, is_last=i + batch_size >= n_rows)
 
-    def fewest_micro_batches(self, position, n_tokens, batch_size, world_size):
-        """The smallest number of micro-batches that `batches` gives to any rank."""
-        T = self.block_size
-        n_rows = (position + n_tokens - 1) // T - position // T + 1
-        fewest_rows = n_rows // world_size
-        return max(1, -(-fewest_rows // batch_size))
+    def _read_rows(self, rows, vocab_size):
+        """The inputs and targets of rows (position, length): x, y, both (len(rows), T)."""
+        x = torch.zeros(len(rows), self.block_size, dtype=torch.int64)
+        y = torch.full((len(rows), self.block_size), -1)
+        for row, (first, length) in enumerate(rows):
+            self._fill_row(x[row], y[row], first, length, vocab_size)
+        return x, y
 
     def _fill_row(self, x, y, position, length, vocab_size):
-        """Write `length` tokens of the stream into x (T,) and those that follow each into y (T,).
-        """
+        """Write `length` tokens of the stream into x (T,) and the token after each into y (T,)."""
         done = 0
         for start, n in self._segments(position, length):
             tokens = self._read(start, n + 1)
@@ -178,10 +274,31 @@ class TokenLoader:
             done += n
 
 
+class PartLoader(TokenLoader):
+    """The tokens first..last-1 of a split, as a stream of their own.
+
+    All that TokenLoader promises of a split holds for the part: its last token predicts its first.
+    """
+
+    def __init__(self, data_root, split, block_size, first, last, seed=0, shuffle=False, meta=None):
+        super().__init__(data_root, split, block_size, seed, shuffle, meta)
+        starts = np.clip(self.starts, first, last)  # of the shards, as far as they lie in the part
+        cuts = [slice(begin - start, end - start)
+                for begin, end, start in zip(starts, starts[1:], self.starts, strict=False)]
+        inside = [i for i, cut in enumerate(cuts) if cut.stop > cut.start]
+        self.paths = [self.paths[i] for i in inside]
+        self.cuts = [cuts[i] for i in inside]
+        self.starts = np.cumsum([0] + [cut.stop - cut.start for cut in self.cuts])
+        self.n_tokens = last - first
+
+    def _open_and_verify(self, i):
+        return super()._open_and_verify(i)[self.cuts[i]]
+
+
 class ShardVerifier:
     """Compares each shard with its checksum once, when it is first opened, in a thread of its own.
 
-    checksums: {file name: checksum} of read_checksums; a shard without one is not checked.
+    checksums: {file name: checksum}, as checksums_of returns it; other shards are not checked.
     """
 
     def __init__(self, checksums):
@@ -201,53 +318,64 @@ class ShardVerifier:
             check.result()
 
 
-def prefetch(steps, device):
-    """Yield the lists of micro-batches that `steps` yields, on the device; a second thread reads
-    them one step ahead.
+# -----------------------------------------------------------------------------
+# reading ahead
 
-    On CUDA that thread copies them too. Elsewhere the caller does: two threads that use an Apple
+AHEAD = 4  # micro-batches that are read before they are asked for
+
+
+def prefetch(micro_batches, device):
+    """Yield MicroBatches with their tensors on the device; a second thread reads a few ahead.
+
+    On CUDA that thread copies them, too. Elsewhere the caller does: two threads that use an Apple
     GPU at the same time crash the process (https://github.com/pytorch/pytorch/issues/197805).
+    Close the generator to end the thread.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def set_device():
-        # The current GPU belongs to the thread. Without this it is GPU 0 on every rank, where
-        # pinned memory and streams would then make a context of half a gigabyte for each of the
-        # other ranks.
+        # The current GPU belongs to the thread. Without this it is GPU 0 on every rank, and pinned
+        # memory and streams would make a context of half a gigabyte there for each other rank.
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
     def load():
-        micro_batches = list(next(steps))
-        if stream is None:
-            return micro_batches
-        with torch.cuda.stream(stream):
-            return [(copy_async(x, device), copy_async(y, device), n) for x, y, n in micro_batches]
+        """The next micro-batch and, on CUDA, the event of its copy; None at the end."""
+        batch = next(micro_batches, None)
+        if batch is None or copying is None:
+            return batch, None
+        with torch.cuda.stream(copying):
+            batch = batch._replace(x=copy_async(batch.x, device), y=copy_async(batch.y, device))
+            copied = torch.cuda.Event()
+            copied.record()
+        return batch, copied
 
-    with ThreadPoolExecutor(1, initializer=set_device) as thread:
-        ahead = thread.submit(load)
+    thread = ThreadPoolExecutor(1, initializer=set_device)
+    loading = deque(thread.submit(load) for _ in range(AHEAD))
+    try:
         while True:
-            micro_batches = ahead.result()
-            if stream is None:
-                micro_batches = [(x.to(device), y.to(device), n) for x, y, n in micro_batches]
+            batch, copied = loading.popleft().result()
+            if batch is None:
+                return
+            if copied is None:
+                batch = batch._replace(x=batch.x.to(device), y=batch.y.to(device))
             else:
-                hand_over(micro_batches, stream, torch.cuda.current_stream(device))
-            ahead = thread.submit(load)
-            yield micro_batches
+                hand_over(batch, copied, torch.cuda.current_stream(device))
+            loading.append(thread.submit(load))
+            yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def copy_async(tensor, device):
-    """Start a copy to the GPU that does not wait; only from pinned memory can it overlap with
-    computation.
-    """
+    """Start a copy to the GPU without waiting for it; only pinned memory can be copied so."""
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def hand_over(micro_batches, copying, computing):
-    """Make the computing stream wait for the copies, and keep their memory from the next copies
-    while it reads them.
+def hand_over(batch, copied, computing):
+    """Make the computing stream wait for a micro-batch's copy, and hold its memory until it has
+    computed with it.
     """
-    computing.wait_stream(copying)
-    for x, y, _ in micro_batches:
-        x.record_stream(computing)
-        y.record_stream(computing)
+    computing.wait_event(copied)
+    batch.x.record_stream(computing)
+    batch.y.record_stream(computing)

@@ -1,16 +1,11 @@
-"""One dataset made by several machines: the part that each prepares, and how parts are merged."""
+"""A part of a source, which one of several machines prepares: which rows, and its shards' names."""
 
 import math
-import os
 import re
-import shutil
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
-from gptlib.common import UserError, atomic_write
-from gptlib.data.shards import read_meta, write_meta
-from gptlib.lock import LOCK_NAME, lock_directory
+from gptlib.common import UserError
 
 MAX_SHARDS = 10**6  # shards are numbered with six digits
 
@@ -21,10 +16,10 @@ class Part(NamedTuple):
     count: int
 
     def rows(self, file, num_files, num_rows):
-        """(first, last): the rows of file 0, 1, ... of num_files that are in this part.
+        """(first, last): the rows of this part in one of num_files files, with num_rows rows.
 
-        Every file counts as much, however large it is, so that only the files on the part's
-        borders have to be opened to find them.
+        All files count alike, however large they are, so that only the files at the part's borders
+        have to be opened to find its rows.
         """
         def rows_before(number):
             share = Fraction(number * num_files, self.count) - file
@@ -40,7 +35,7 @@ class Part(NamedTuple):
         return f"part_{self.number:04d}_of_{self.count:04d}"
 
     def first_index(self):
-        """The number of this part's first shard, so that names sort into the one dataset."""
+        """The number of this part's first shard: the names of all parts sort into one dataset."""
         return (self.number - 1) * self.max_shards()
 
     def max_shards(self):
@@ -60,97 +55,3 @@ def parse_part(text):
         raise UserError(f"--part {text}: expected a number and how many there are, 1/8 to 8/8 for "
                         "eight, and at most 9999")
     return Part(number, count)
-
-
-# -----------------------------------------------------------------------------
-# merging
-
-
-def merge_parts(data_root):
-    """Make one dataset of the parts in a directory. Returns the contents of its meta.json.
-
-    The shards are moved, not copied. If this is interrupted, run it again. Raises UserError where
-    a part is missing, not complete, or made in another way than the first.
-    """
-    root = Path(data_root)
-    folders = sorted(root.glob("part_*_of_*"))
-    meta = read_meta(root)
-    if meta.get("complete") and not folders:
-        raise UserError(f"{root} is complete, and holds no parts to merge")
-    with lock_directory(root):
-        metas = read_parts(root, folders)
-        merged = merge_metas(root, metas)
-        tokenizer = folders[0] / "tokenizer.tiktoken"
-        if tokenizer.exists():
-            atomic_write(root / tokenizer.name, lambda f: f.write(tokenizer.read_bytes()))
-        write_meta(root, merged | {"complete": False})  # every shard has its record before it comes
-        for folder, part in zip(folders, metas, strict=True):
-            for shard in part["shards"]:
-                if (folder / shard["name"]).exists():
-                    os.replace(folder / shard["name"], root / shard["name"])
-        write_meta(root, merged)
-        for folder in folders:
-            shutil.rmtree(folder)
-    return merged
-
-
-def read_parts(root, folders):
-    """The meta.json of every part, in order. Raises UserError unless all are there and complete."""
-    names = [folder.name for folder in folders]
-    counts = {name.rpartition("_")[2] for name in names}
-    if not names:
-        raise UserError(f"no parts in {root}: expected folders like {Part(1, 8).folder()}, as "
-                        "python fineweb.py --part 1/8 makes them")
-    if len(counts) > 1:
-        raise UserError(f"{root} has parts of {' and of '.join(sorted(counts))}: remove those that "
-                        "do not belong to it")
-    count = int(counts.pop())
-    expected = [Part(number, count).folder() for number in range(1, count + 1)]
-    missing = sorted(set(expected) - set(names))
-    if missing:
-        raise UserError(f"{root} lacks {len(missing)} of {count} parts: {', '.join(missing[:8])}")
-    metas = [read_meta(folder) for folder in folders]
-    for folder, meta in zip(folders, metas, strict=True):
-        if not meta.get("complete"):
-            raise UserError(f"{folder} is not complete: run its command again")
-        if (folder / LOCK_NAME).exists():
-            with lock_directory(folder):
-                pass  # nothing writes there any more
-        for shard in meta["shards"]:
-            if not any((place / shard["name"]).exists() for place in (folder, root)):
-                raise UserError(f"{folder} lacks {shard['name']}: run its command again")
-    return metas
-
-
-def recipe(folder, meta):
-    """What has to be the same in all parts, as {what: value}."""
-    # Of a dataset on the Hub the commit counts, however --revision has named it.
-    ignored = {"part", "revision"} if meta.get("hub") else {"part"}
-    settings = {key: value for key, value in meta["settings"].items() if key not in ignored}
-    tokenizer = folder / "tokenizer.tiktoken"
-    ranks = tokenizer.read_bytes() if tokenizer.exists() else b""
-    return {**settings, "contents of the tokenizer": ranks, "files on the Hub": meta.get("hub"),
-            "text for the tokenizer": meta["trained_within"]}
-
-
-def merge_metas(root, metas):
-    """The meta.json of the whole, from those of its parts. Raises UserError if they differ."""
-    folders = sorted(root.glob("part_*_of_*"))
-    first, *others = [recipe(folder, meta)
-                      for folder, meta in zip(folders, metas, strict=True)]
-    for folder, other in zip(folders[1:], others, strict=True):
-        for what, value in first.items():
-            if other.get(what) != value:
-                raise UserError(f"{folder} was made in another way than {folders[0]}: {what} is "
-                                f"{other.get(what)!r:.60}, not {value!r:.60}. Make it again")
-    shards = [shard for meta in metas for shard in meta["shards"]]
-    merged = metas[0] | {"shards": shards, "complete": True}
-    merged["settings"] = merged["settings"] | {"part": None}
-    for unit in ("tokens", "bytes"):
-        merged[unit] = {split: sum(meta[unit][split] for meta in metas)
-                        for split in ("train", "val")}
-    total, shard_size = sum(merged["tokens"].values()), merged["settings"]["shard_size"]
-    if total < 2 * shard_size:
-        raise UserError(f"{root}: {total} tokens in all parts, less than two shards of "
-                        f"{shard_size}; prepare so small a corpus without --part")
-    return merged

@@ -30,7 +30,7 @@ def list_shards(data_root, split):
 
 
 def open_shard(path):
-    """Memory-map a shard as a 1-D uint16 array. Raises UserError for whatever is not a whole shard.
+    """Memory-map a shard as a 1-D uint16 array. Raises UserError for anything but a whole shard.
 
     A .bin has a header of 256 int32 (magic number, version, number of tokens), then the tokens, as
     in llm.c.
@@ -53,7 +53,7 @@ def open_shard(path):
 
 
 def open_bin(path):
-    """Returns (memory-mapped tokens or None, what was found, what was expected)."""
+    """Map a .bin. Returns (tokens, or None if it is damaged; what was found; what was expected)."""
     header = np.fromfile(path, dtype="<i4", count=256).tolist()
     found = f"header {header[:2]}, {path.stat().st_size} bytes"
     if len(header) < 256:
@@ -77,7 +77,7 @@ def npy_header(tokens):
 def save_shard(path, tokens):
     """Write uint16 tokens as .npy, whole or not at all."""
     def write(f):
-        # As np.save does, which itself does not tell why a write failed.
+        # The same bytes as np.save writes, which does not tell why a write failed.
         f.write(npy_header(tokens))
         for i in range(0, len(tokens), WRITTEN_AT_ONCE):
             f.write(tokens[i:i + WRITTEN_AT_ONCE].data)
@@ -86,10 +86,10 @@ def save_shard(path, tokens):
 
 
 def start_writing(f):
-    """Have the disk begin to write what f holds, and the memory of what is on the disk be free.
+    """Tell the disk to begin writing what f holds, and to free the cache of what is written.
 
-    Otherwise a shard fills fresh memory of the disk cache, which takes three times as long as
-    using the same memory again, and all of it waits for the end to reach the disk.
+    Otherwise a shard fills fresh memory of the disk cache, which takes three times as long as using
+    the same memory again, and nothing reaches the disk before the end.
     """
     if hasattr(os, "posix_fadvise"):  # Linux
         f.flush()
@@ -99,9 +99,9 @@ def start_writing(f):
 # -----------------------------------------------------------------------------
 # checksums
 #
-# CRC-32 of the whole file, as torch.save keeps for its records. It is meant for damage by disks and
-# copies, not for attackers, who would change meta.json as well: it finds any damage within 32 bits,
-# and misses one in 4 billion of the others. It reads 3.3 GB/s on one core, SHA-256 1.2 GB/s.
+# CRC-32 of the whole file, as torch.save keeps for its records. It guards against damage by disks
+# and copies, not against attackers, who would change meta.json as well: it finds any damage within
+# 32 bits, and misses one in 4 billion of the others. One core reads 3.3 GB/s; with SHA-256, 1.2.
 
 
 def shard_checksum(tokens):
@@ -114,19 +114,19 @@ def file_checksum(path):
     return f"{crc32_of_file(path):08x}"
 
 
-def read_checksums(data_root):
+def checksums_of(meta):
     """{file name: checksum} of the shards for which meta.json keeps one.
 
-    Empty for datasets of the original script and of llm.c, which have no checksums.
+    meta: as read_meta returns it. Datasets of the original script and of llm.c have no checksums.
     """
-    shards = read_meta(data_root).get("shards", [])
+    shards = meta.get("shards", [])
     return {shard["name"]: shard["crc32"] for shard in shards if "crc32" in shard}
 
 
 def verify_shard(path, checksum=None):
     """Raise UserError if a shard is damaged: if its bytes do not have the checksum.
 
-    checksum: as read_checksums returns it. Without one, the format and the length are checked.
+    checksum: as checksums_of returns it. Without one, the format and the length are checked.
     """
     open_shard(path)
     if checksum is None:
@@ -144,7 +144,7 @@ def verify_shard(path, checksum=None):
 
 
 def read_meta(data_root):
-    """The contents of meta.json as a dict, empty where there is no such file."""
+    """The contents of meta.json as a dict, empty if there is no such file. Raises UserError."""
     path = Path(data_root) / "meta.json"
     try:
         meta = dict(json.loads(path.read_bytes()))
@@ -157,6 +157,15 @@ def read_meta(data_root):
                         "again") from error
 
 
+def tokens_per_byte(meta, split):
+    """Tokens for each byte of text in a split: turns nats per token into bits per byte.
+
+    meta: as read_meta returns it. None if it does not tell.
+    """
+    n_tokens, n_bytes = (meta.get(key, {}).get(split) for key in ("tokens", "bytes"))
+    return n_tokens / n_bytes if n_tokens and n_bytes else None
+
+
 def write_meta(data_root, meta):
     """Write meta.json, whole or not at all."""
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
@@ -164,10 +173,9 @@ def write_meta(data_root, meta):
 
 
 def check_meta(meta):
-    """Raise ValueError where meta.json has another form than this program writes.
+    """Raise ValueError if meta.json has another form than this program writes.
 
-    Settings stand there only if fineweb.py made the dataset; it then continues an interrupted one
-    by the rest.
+    It has settings only if fineweb.py made the dataset, which then needs the rest to continue.
     """
     forms = {"tokenizer": str, "shards": list, "tokens": dict, "bytes": dict, "settings": dict}
     for key, form in forms.items():

@@ -1,5 +1,6 @@
 """Where documents come from: the Hugging Face Hub, files, the standard library of this Python."""
 
+import ast
 import contextlib
 import glob
 import gzip
@@ -8,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import sysconfig
 import zlib
 from pathlib import Path
 
@@ -15,8 +17,7 @@ from gptlib.common import UserError, first_line
 from gptlib.data.hub import FILES_AHEAD, FOOTERS_AHEAD, HubFiles, fetch_ahead, find_parquet_files
 from gptlib.data.parquet import ParquetFile, text_of, unreadable
 from gptlib.data.parts import WHOLE
-from gptlib.data.preparation import group_documents
-from gptlib.data.stdlib import read_functions, stdlib_files
+from gptlib.data.tokenizing import group_documents
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 # about how many of GPT-2's tokens its samples have
@@ -26,8 +27,8 @@ FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT":
 def open_source(source, files, dataset, name, column, **hub_options):
     """Find the text that the command line describes, without reading it yet.
 
-    hub_options: those of HubSource. Returns a FileSource or a HubSource. Raises UserError where no
-    file is found.
+    hub_options: see HubSource. Returns a FileSource or a HubSource. Raises UserError if no file is
+    found.
     """
     if source == "fineweb":
         return HubSource(dataset, name, column, **hub_options)
@@ -74,7 +75,7 @@ class FileSource:
         return False
 
     def close(self):
-        """Remove what reading has left on the disk."""
+        """Remove the files that reading has left on the disk."""
 
 
 class StdlibSource(FileSource):
@@ -96,8 +97,9 @@ class HubSource(FileSource):
     """Text of a dataset on the Hub, or in a local directory of the same layout.
 
     revision: a commit, branch or tag (default: the newest commit). recorded: what resolve returned
-    when this dataset was begun: the run that continues it reads the same commit. folder: where
-    files are downloaded to and removed when they are read; None keeps them in Hugging Face's cache.
+    when this dataset was begun, so that a run that continues it reads the same commit. folder:
+    files are downloaded into it and removed when they are read; None keeps them in Hugging Face's
+    cache.
     """
 
     def __init__(self, dataset, name, column, revision=None, recorded=None, folder=None):
@@ -160,7 +162,7 @@ class HubSource(FileSource):
 
     @contextlib.contextmanager
     def errors(self):
-        """Turn what goes wrong in other packages into a UserError."""
+        """Turn any error of another package into a UserError."""
         try:
             yield
         except UserError:
@@ -215,8 +217,8 @@ def read_files(paths, column):
 def read_file(path, column):
     """Yield the documents of a file.
 
-    column: the key or column that holds the text of .jsonl and .parquet. Raises UserError for what
-    cannot be read, naming the line where there are lines.
+    column: the key or column that holds the text of .jsonl and .parquet. Raises UserError, which
+    names the file, and the line if it has lines, if it cannot be read.
     """
     where = path
     try:
@@ -260,3 +262,61 @@ def read_stream(dataset, name, column, skip, revision=None):
     for table in rows.iter(1024):
         for text in table[column].to_pylist():
             yield text_of(text, column, dataset)
+
+
+# -----------------------------------------------------------------------------
+# the demo's text: the functions in the standard library of this Python
+#
+# Each function and method is a document, written as `ast.unparse` writes it. So a document is
+# complete, usually shorter than the demo's context, and in one style: a small model learns Python
+# and not where files of a thousand lines are cut. Comments and docstrings are left out: in half a
+# sentence of English a quotation mark that is never closed is one wrong word away.
+
+# folders with tests, with tables of code pages, and those that some systems leave out
+NOT_EVERYWHERE = {
+    "test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__", "encodings",
+    "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip", "msilib"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def stdlib_files():
+    """The .py files of the standard library that every installation has, sorted."""
+    found = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        # os.walk goes on into what is left in this list
+        folders[:] = [name for name in folders
+                      if name not in NOT_EVERYWHERE and not name.startswith("config-")]
+        for name in names:
+            of_this_machine = name.startswith(("_sysconfigdata", "sitecustomize"))
+            if name.endswith(".py") and not of_this_machine:
+                found.append(os.path.join(folder, name))
+    return sorted(found)
+
+
+def read_functions(paths):
+    """Yield the functions of Python files, each once: the source of one function a document."""
+    seen = set()
+    for path in paths:
+        for function in find_functions(ast.parse(Path(path).read_bytes())):
+            text = ast.unparse(without_docstrings(function)) + "\n"
+            if text not in seen:
+                seen.add(text)
+                yield text
+
+
+def find_functions(node):
+    """The functions of a module and the methods of its classes; not those inside functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, FUNCTIONS):
+            yield child
+        else:
+            yield from find_functions(child)
+
+
+def without_docstrings(tree):
+    """The tree, changed in place; a body that was a docstring alone becomes `pass`."""
+    for node in ast.walk(tree):
+        has_body = isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        if has_body and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree

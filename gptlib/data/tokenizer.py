@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from gptlib.common import UserError
@@ -80,7 +81,7 @@ def parse_ranks(data):
 
 
 def load_tokenizer(spec):
-    """The tiktoken.Encoding of a dict from tokenizer_to_dict, or of what find_tokenizer takes."""
+    """The tiktoken.Encoding of a dict from tokenizer_to_dict, or of a path for find_tokenizer."""
     if not isinstance(spec, dict):
         spec = find_tokenizer(spec)
     name = spec.get("name")
@@ -93,6 +94,14 @@ def load_tokenizer(spec):
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(f"damaged tokenizer ranks ({error}): make the dataset or checkpoint "
                         "again") from error
+
+
+def byte_lengths(enc):
+    """The bytes of text of each token id, as uint16 (vocab_size,); EOT has none."""
+    lengths = np.zeros(enc.n_vocab, dtype=np.uint16)
+    for token, rank in enc._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
 
 
 def load_gpt2():
@@ -108,14 +117,14 @@ def load_gpt2():
 
 
 def check_vocabulary(what, vocab_size, enc):
-    """Raise UserError where a model, named by `what`, has fewer ids than its tokenizer."""
+    """Raise UserError if a model, named by `what`, has fewer ids than its tokenizer."""
     if enc.n_vocab > vocab_size:
         raise UserError(f"{what} has {vocab_size} tokens, but its tokenizer {enc.name} has "
                         f"{enc.n_vocab}: they do not belong together")
 
 
 def tokenizer_to_dict(enc):
-    """What a checkpoint keeps of a tokenizer.
+    """A tokenizer as a checkpoint keeps it.
 
     {"name": "gpt2"}, or the name and "ranks", the contents of a .tiktoken file.
     """
@@ -124,11 +133,12 @@ def tokenizer_to_dict(enc):
     return {"name": enc.name, "ranks": dump_ranks(enc._mergeable_ranks)}
 
 
-def find_tokenizer(path):
+def find_tokenizer(path, meta=None):
     """The tokenizer of "gpt2", a dataset directory or a Hugging Face directory.
 
-    Returns a dict like tokenizer_to_dict's. A directory without a tokenizer has GPT-2's tokens, as
-    build-nanogpt's datasets do.
+    meta: what read_meta returns for the directory, if it has been read already. Returns a dict like
+    tokenizer_to_dict's. A directory without a tokenizer has GPT-2's tokens, as build-nanogpt's
+    datasets do.
     """
     root = Path(path)
     if path == "gpt2":
@@ -140,7 +150,8 @@ def find_tokenizer(path):
     is_hugging_face = (root / "tokenizer.json").exists() or (root / "vocab.json").exists()
     if is_hugging_face and not (root / "meta.json").exists():
         return read_hugging_face(root)
-    name = read_meta(root).get("tokenizer", "gpt2")
+    meta = read_meta(root) if meta is None else meta
+    name = meta.get("tokenizer", "gpt2")
     if name == "gpt2":
         return {"name": "gpt2"}
     try:

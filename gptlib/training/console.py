@@ -261,25 +261,3 @@ def print_run(facts, n_tokens):
 
 # -----------------------------------------------------------------------------
 # the dataset: moves to gptlib/data
-
-
-def describe_data(data_root):
-    """The dataset in one line: its place, source and size."""
-    from gptlib.data.shards import read_meta
-    meta = read_meta(data_root)
-    parts = [str(data_root)]
-    if "source" in meta:
-        parts.append(meta["source"])
-    if "tokens" in meta:
-        parts.append(f"{meta['tokens']['train']:,} training tokens")
-    if "tokenizer" in meta:
-        parts.append(f"tokenizer {meta['tokenizer']}")
-    return ", ".join(parts)
-
-
-def tokens_per_byte(data_root, split):
-    """Tokens for each byte of text in a split, or None if meta.json does not tell."""
-    from gptlib.data.shards import read_meta
-    meta = read_meta(data_root)
-    n_tokens, n_bytes = (meta.get(key, {}).get(split) for key in ("tokens", "bytes"))
-    return n_tokens / n_bytes if n_tokens and n_bytes else None

@@ -18,9 +18,8 @@ from conftest import TINY, flags, run
 
 from gptlib.checkpoints.formats import load_checkpoint, load_initial_checkpoint
 from gptlib.common import UserError
-from gptlib.data.shards import read_checksums, verify_shard
+from gptlib.data.shards import checksums_of, read_meta, tokens_per_byte, verify_shard
 from gptlib.data.loader import TokenLoader
-from gptlib.training.console import tokens_per_byte
 from gptlib.distributed import World
 from gptlib.data.tokenizer import load_tokenizer
 
@@ -193,7 +192,7 @@ def read_all(root):
     for split in ("train", "val"):
         loader = TokenLoader(root, split, 64)
         n_tokens = loader.n_tokens - 1
-        found += [x.numpy().tobytes() for x, _, _ in loader.batches(0, n_tokens, 64)]
+        found += [x.numpy().tobytes() for x, *_ in loader.batches(0, n_tokens, 64)]
         for check in loader.verifier.running:
             check.exception(timeout=60)
         loader.verifier.raise_if_damaged()
@@ -204,7 +203,7 @@ def test_damaged_shards(tmp_path, dataset, rng, progress):
     """Guards against training on tokens that are not those of the text, and a --verify that
     overlooks them."""
     shards, whole = sorted(dataset.glob("*.npy")), read_all(dataset)
-    checksums, count, n_refused = read_checksums(dataset), scaled(400), 0
+    checksums, count, n_refused = checksums_of(read_meta(dataset)), scaled(400), 0
     assert len(checksums) == len(shards)
     for i in progress(range(count), f"shards, {len(shards)} files"):
         path, kind = shards[i % len(shards)], KINDS[i // len(shards) % len(KINDS)]
@@ -237,7 +236,7 @@ def test_damaged_files_beside_the_shards(dataset, rng, progress):
         try:
             load_tokenizer(dataset)
             read_all(dataset)
-            tokens_per_byte(dataset, "val")
+            tokens_per_byte(read_meta(dataset), "val")
             n_read += 1
         except UserError as error:
             n_refused += 1

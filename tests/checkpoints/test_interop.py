@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import fineweb
 import hellaswag
 import train_gpt2
-from fineweb import prepare
+from corpus import make_dataset
 from gptlib.common import UserError
 from gptlib.data.shards import read_meta
 from gptlib.data.tokenizer import EOT, find_tokenizer, load_tokenizer, tokenizer_to_dict
@@ -234,7 +234,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, dat
                 lambda: main_of(monkeypatch, train_gpt2, "--init_from", evil, "--data_root", data_root)]
     if where != "hugging face":  # there the tokenizer is not in the file
         (tmp_path / "a.txt").write_text("text")
-        attempts.append(lambda: prepare(tmp_path / "new", "files", files="a.txt", tokenizer=str(evil)))
+        attempts.append(lambda: make_dataset(tmp_path / "new", files="a.txt", tokenizer=str(evil)))
     for attempt in attempts:
         with pytest.raises(UserError, match="can be read|could be loaded") as error:
             attempt()
@@ -264,18 +264,18 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpo
     shards = []
     for i, source in enumerate((checkpoint, tmp_path / "hf", tmp_path / "dataset")):
         root = tmp_path / f"data{i}"
-        meta = prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source))
+        meta = make_dataset(root, files=tmp_path / "a.txt", tokenizer=str(source))
         assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700)
         assert find_tokenizer(root) == tokenizer_to_dict(bpe)
         train, val = (np.load(list_shards(root, split)[0]) for split in ("train", "val"))
         assert bpe.decode(np.concatenate((train, val))) == EOT + text
         shards.append(train.tolist())
         checkpoint.unlink(missing_ok=True)  # once prepared, the directory needs nothing else
-        assert prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source)) == meta
+        assert make_dataset(root, files=tmp_path / "a.txt", tokenizer=str(source)) == meta
     assert shards[0] == shards[1]
     assert shards[1] == shards[2]
     with pytest.raises(UserError, match="no tokenizer in .*nowhere"):
-        prepare(tmp_path / "data9", "files", files=str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "nowhere"))
+        make_dataset(tmp_path / "data9", files=tmp_path / "a.txt", tokenizer=str(tmp_path / "nowhere"))
     assert not (tmp_path / "data9").exists()
 
 

@@ -1,8 +1,8 @@
 """
 python -m pytest tests/data/test_hub.py
 
-Datasets from a server on this machine that behaves as the Hugging Face Hub does on a bad day, against
-the same files in a local directory. Offline.
+Datasets from a server on this machine that behaves as the Hugging Face Hub does on a bad day,
+against the same files in a local directory. Offline.
 """
 
 import io
@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import assert_fails, contents, fineweb_command, some_documents
+from corpus import assert_fails, contents, fineweb_command, make_dataset, some_documents
 from hub_server import COMMIT, REPOSITORY, hub_server
 
-from fineweb import prepare
 from gptlib.data import hub
 from gptlib.common import UserError
 from gptlib.data.shards import list_shards, read_meta
@@ -53,7 +52,7 @@ def expected(files, tmp_path_factory):
     (root / "hub" / "data").mkdir(parents=True)
     for name, data in files.items():
         (root / "hub" / name).write_bytes(data)
-    prepare(root / "data", dataset=str(root / "hub"), **OPTIONS)
+    make_dataset(root / "data", dataset=root / "hub", **OPTIONS)
     assert len(list_shards(root / "data", "train")) > 5
     return shards_of(root / "data")
 
@@ -70,7 +69,8 @@ def prepare_from(server, tmp_path, *flags):
 
 
 def test_bad_network(files, expected, tmp_path):
-    """A slow, failing or broken download ends the run, loses rows or stays on the disk.
+    """Guards against a slow, failing or broken download that ends the run, loses rows or stays on
+    the disk.
 
     Then the run is continued after a kill, when the dataset has a newer commit with other files.
     """
@@ -101,7 +101,7 @@ def test_bad_network(files, expected, tmp_path):
 
 
 def test_parts_from_the_hub(files, expected, tmp_path):
-    """Parts that several machines fetch overlap, differ in commit, or merge in another order."""
+    """Guards against parts that overlap, differ in commit, or merge in another order."""
     data = tmp_path / "data"
     with hub_server(files) as server:
         for number in (3, 1):
@@ -136,7 +136,7 @@ def stream_of(shards):
 
 
 def test_downloads_are_kept(files, expected, tmp_path):
-    """--keep_downloads leaves nothing in the cache, or a second dataset downloads it again."""
+    """Guards against --keep_downloads that keeps nothing, or a second download of what it kept."""
     with hub_server(files) as server:
         assert prepare_from(server, tmp_path, "--keep_downloads").returncode == 0
         assert shards_of(tmp_path / "data") == expected
@@ -150,7 +150,7 @@ def test_downloads_are_kept(files, expected, tmp_path):
 
 
 def test_missing_file_is_told(files, tmp_path):
-    """A file that the Hub does not have is asked for over and over, or ends in a traceback."""
+    """Guards against asking over and over for a file that the Hub lacks, and a traceback."""
     with hub_server(files) as server:
         server.answers["HEAD"] = [404] * 100
         result = prepare_from(server, tmp_path)
@@ -192,7 +192,7 @@ def failing(*errors):
 
 
 def test_retries_wait_longer_each_time(waits):
-    """A server that is busy is asked again at once, which keeps it busy."""
+    """Guards against asking a busy server again at once, which keeps it busy."""
     errors = [HttpError(500), ConnectionError("reset"), TimeoutError(), OSError("short download")]
     assert with_retries("a", failing(*errors)) == "done"
     assert all(2 ** i / 2 <= seconds <= 2 ** i for i, seconds in enumerate(waits))
@@ -200,7 +200,7 @@ def test_retries_wait_longer_each_time(waits):
 
 
 def test_retry_after_is_obeyed(waits):
-    """The Hub says when to come back, and it is asked earlier."""
+    """Guards against coming back earlier than the Hub says."""
     assert with_retries("a", failing(HttpError(429, **{"Retry-After": "17"}))) == "done"
     assert waits == [17]
 
@@ -209,14 +209,14 @@ def test_retry_after_is_obeyed(waits):
     HttpError(404), HttpError(401), OSError(28, "No space left on device"), UserError("no"),
     KeyError("a fault of the program")], ids=repr)
 def test_lasting_errors_are_not_retried(waits, error):
-    """A wrong name or a full disk costs six minutes before it is told."""
+    """Guards against a wrong name or a full disk that is told after six minutes."""
     with pytest.raises(type(error)):
         with_retries("a", failing(error))
     assert waits == []
 
 
 def test_retries_end(waits):
-    """A server that is gone is asked forever."""
+    """Guards against asking for ever a server that is gone."""
     with pytest.raises(HttpError):
         with_retries("a", failing(*[HttpError(503) for _ in range(99)]))
     assert len(waits) == hub.MAX_TRIES - 1
@@ -224,7 +224,7 @@ def test_retries_end(waits):
 
 
 def test_fetch_ahead_is_in_order_and_bounded():
-    """Files come in the order of the network, or all of them are on the disk at once."""
+    """Guards against files in the order of the network, or all of them on the disk at once."""
     started, lock = [], threading.Lock()
 
     def fetch(name):
@@ -241,7 +241,7 @@ def test_fetch_ahead_is_in_order_and_bounded():
 
 
 def test_fetch_ahead_raises_where_the_file_is_due():
-    """What stopped a download is lost in its thread, or comes before the files that are there."""
+    """Guards against an error lost in its thread, or raised before the files that are there."""
     def fetch(name):
         if name == 2:
             raise ConnectionError("gone")
@@ -253,7 +253,7 @@ def test_fetch_ahead_raises_where_the_file_is_due():
 
 
 def test_file_is_removed_when_its_last_row_is_read(files, tmp_path, monkeypatch):
-    """A file is removed under the threads that read it, or never."""
+    """Guards against a file that is removed under the threads that read it, or never."""
     def fetch(self, path):
         local = tmp_path / Path(path).name
         local.write_bytes(files[path])

@@ -2,7 +2,7 @@
 python -m pytest tests/data/test_tokenizer.py
 
 Tokenizers against OpenAI's own, and from and to every place where one is kept. What needs the GPT-2
-vocabulary is skipped where tiktoken can neither find nor download it.
+vocabulary is skipped if tiktoken can neither find nor download it.
 """
 
 import os
@@ -33,7 +33,7 @@ def bpe():
 
 
 def test_gpt2_on_real_text(gpt2):
-    """Our spelling of the split pattern cuts real text in other places than OpenAI's."""
+    """Guards against a split pattern that cuts real text in other places than OpenAI's."""
     text = python_text() + (ROOT / "tests" / "corpus.py").read_text()
     assert load_tokenizer("gpt2").encode_ordinary(text) == gpt2.encode_ordinary(text)
 
@@ -43,12 +43,12 @@ def test_gpt2_on_real_text(gpt2):
 @given(text=st.text(st.sampled_from(" \n\t'sab1中の々ーカ\u0301")
                     | st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_bpe_round_trip(bpe, text):
-    """A character that no alternative of the split pattern matches is lost."""
+    """Guards against a character that is lost because no alternative of the pattern matches."""
     assert bpe.decode_bytes(bpe.encode_ordinary(text)) == text.encode()
 
 
 def test_bpe_vocabulary(bpe):
-    """The vocabulary lacks a byte, or it has learned nothing but bytes."""
+    """Guards against a vocabulary that lacks a byte, or has learned nothing but bytes."""
     assert bpe.n_vocab == 400
     assert bpe.eot_token == 399
     assert all(bpe.encode_single_token(bytes([b])) < 256 for b in range(256))
@@ -59,14 +59,14 @@ def test_bpe_vocabulary(bpe):
 
 
 def test_bpe_training_is_deterministic():
-    """Two runs of one command make different tokenizers, and so different shards."""
+    """Guards against two runs of one command with different tokenizers, so different shards."""
     texts = some_documents(300)
     one, two = (tokenizer_to_dict(train_bpe(map(clean, texts), 600)) for _ in range(2))
     assert one == two
 
 
 def test_tokenizer_from_dict_directory_and_file(bpe, tmp_path):
-    """A tokenizer that is kept in a checkpoint or a dataset comes back as another one."""
+    """Guards against a saved tokenizer that comes back as another one."""
     saved = tokenizer_to_dict(bpe)
     assert set(saved) == {"name", "ranks"}
     assert isinstance(saved["ranks"], bytes)
@@ -84,7 +84,7 @@ def test_tokenizer_from_dict_directory_and_file(bpe, tmp_path):
 
 
 def test_directory_without_meta_has_gpt2_tokens(gpt2, tmp_path):
-    """A dataset of build-nanogpt, which has no meta.json, is refused."""
+    """Guards against refusing a dataset of build-nanogpt, which has no meta.json."""
     for spec in (tmp_path, {"name": "gpt2"}):
         enc = load_tokenizer(spec)
         assert enc.n_vocab == 50257
@@ -94,13 +94,13 @@ def test_directory_without_meta_has_gpt2_tokens(gpt2, tmp_path):
 @pytest.mark.parametrize("spec", [
     "no/such/dir", {"name": "bpe", "ranks": b"!!! x\n"}, {"name": "bpe"}, {"name": "llama"}])
 def test_unusable_tokenizers(spec):
-    """A damaged tokenizer ends in a traceback instead of a line that says what to do."""
+    """Guards against a damaged tokenizer that ends in a traceback."""
     with pytest.raises(UserError):
         load_tokenizer(spec)
 
 
 def test_gpt2_without_network(tmp_path):
-    """Without network and cache, the user is not told how to go on."""
+    """Guards against an error that does not say how to go on without network and cache."""
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path),
            "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
     (tmp_path / "a.txt").write_text("text")

@@ -1,5 +1,5 @@
 """
-python -m pytest tests/data/test_dataset.py
+python -m pytest tests/data/test_shards.py
 
 Shards and meta.json, against files that are made by hand.
 """
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from gptlib.common import UserError
-from gptlib.data.shards import (file_checksum, list_shards, open_shard, read_checksums, read_meta,
-                            save_shard, shard_checksum, verify_shard)
+from gptlib.data import shards
+from gptlib.data.shards import (checksums_of, file_checksum, list_shards, open_shard, read_meta,
+                                save_shard, shard_checksum, tokens_per_byte, verify_shard)
 
 TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
 
@@ -26,7 +27,7 @@ def llm_c_header(magic=20240520, version=1, num_tokens=3):
 
 
 def test_open_shard(tmp_path):
-    """A shard of either format is read wrongly, or into memory instead of mapped."""
+    """Guards against a shard of either format that is read wrongly, or into memory."""
     np.save(tmp_path / "x_val_000000.npy", TOKENS)
     (tmp_path / "x_val_000001.bin").write_bytes(llm_c_header() + struct.pack("<3H", *TOKENS))
     (tmp_path / "x_train_000002.npy.tmp").write_bytes(b"")
@@ -51,7 +52,7 @@ def test_open_shard(tmp_path):
     ("a.npy", np.zeros((3, 3), np.uint16)),
     ("missing.npy", None)])
 def test_open_shard_refuses(tmp_path, name, data):
-    """A file that is no shard is trained on, or ends in a traceback."""
+    """Guards against training on a file that is no shard, and against a traceback."""
     if isinstance(data, np.ndarray):
         np.save(tmp_path / name, data)
     elif data is not None:
@@ -61,7 +62,7 @@ def test_open_shard_refuses(tmp_path, name, data):
 
 
 def test_truncated_npy(tmp_path):
-    """A shard that lacks its last token is read."""
+    """Guards against reading a shard that lacks its last token."""
     np.save(tmp_path / "a.npy", np.zeros(100, np.uint16))
     data = (tmp_path / "a.npy").read_bytes()
     (tmp_path / "a.npy").write_bytes(data[:-2])
@@ -70,7 +71,7 @@ def test_truncated_npy(tmp_path):
 
 
 def test_read_meta(tmp_path):
-    """A missing meta.json is an error, or a damaged one is not."""
+    """Guards against refusing a directory without meta.json, or taking a damaged one."""
     assert read_meta(tmp_path) == {}
     assert read_meta(tmp_path / "missing") == {}
     for text in ("{truncated", "3", '"text"'):
@@ -90,7 +91,7 @@ def save_tokens(path):
 
 
 def test_checksum_is_that_of_the_file(tmp_path):
-    """meta.json is written before the shard, so its checksum is computed and not read."""
+    """Guards against a checksum, computed before the shard is written, that is not the file's."""
     checksum = save_tokens(tmp_path / "a.npy")
     assert checksum == f"{zlib.crc32((tmp_path / 'a.npy').read_bytes()):08x}"
     assert checksum == file_checksum(tmp_path / "a.npy")
@@ -98,7 +99,7 @@ def test_checksum_is_that_of_the_file(tmp_path):
 
 
 def test_checksum_of_a_slice(tmp_path):
-    """A shard is a slice of a longer array, whose other tokens are not its own."""
+    """Guards against a checksum over the longer array of which a shard is a slice."""
     tokens = np.arange(1000, dtype=np.uint16)[100:200]
     save_shard(tmp_path / "a.npy", tokens)
     verify_shard(tmp_path / "a.npy", shard_checksum(tokens))
@@ -107,7 +108,7 @@ def test_checksum_of_a_slice(tmp_path):
 @pytest.mark.parametrize("bit", [0, 7])
 @pytest.mark.parametrize("place", [128, 1000, 2127])
 def test_verify_shard_finds_a_flipped_bit(tmp_path, place, bit):
-    """One bit changes in the first, a middle or the last token, and training reads it."""
+    """Guards against one changed bit in the first, a middle or the last token."""
     path = tmp_path / "a.npy"
     checksum = save_tokens(path)
     verify_shard(path, checksum)
@@ -121,7 +122,7 @@ def test_verify_shard_finds_a_flipped_bit(tmp_path, place, bit):
 
 
 def test_verify_shard_without_checksum(tmp_path):
-    """A shard of another program, which has no checksum, is refused, or a truncated one passes."""
+    """Guards against refusing another program's shard, and against a truncated one that passes."""
     path = tmp_path / "a.bin"
     path.write_bytes(llm_c_header() + bytes(6))
     verify_shard(path)
@@ -130,17 +131,34 @@ def test_verify_shard_without_checksum(tmp_path):
         verify_shard(path)
 
 
-def test_read_checksums(tmp_path):
-    """A dataset without meta.json, or with a meta.json without checksums, ends in a traceback."""
-    assert read_checksums(tmp_path) == {}
-    shards = [{"name": "old.npy"}, {"name": "new.npy", "crc32": "00c0ffee"}]
-    (tmp_path / "meta.json").write_text(json.dumps({"shards": shards}))
-    assert read_checksums(tmp_path) == {"new.npy": "00c0ffee"}
+def test_checksums_of_meta_json():
+    """Guards against a traceback for a dataset in which some shards have no checksum, or all."""
+    assert checksums_of({}) == {}
+    recorded = [{"name": "old.npy"}, {"name": "new.npy", "crc32": "00c0ffee"}]
+    assert checksums_of({"shards": recorded}) == {"new.npy": "00c0ffee"}
+
+
+def test_tokens_per_byte_of_meta_json():
+    """Guards against bits per byte of the wrong split, or made up where bytes are not known."""
+    meta = {"tokens": {"train": 30, "val": 10}, "bytes": {"train": 99, "val": 40}}
+    assert tokens_per_byte(meta, "val") == 0.25
+    assert tokens_per_byte({"tokens": meta["tokens"]}, "val") is None
+    assert tokens_per_byte({}, "val") is None
+
+
+def test_shard_in_pieces_is_what_numpy_writes(tmp_path, monkeypatch):
+    """Guards against a shard, written a piece at a time, that lacks or repeats some of it."""
+    monkeypatch.setattr(shards, "WRITTEN_AT_ONCE", 7)
+    for size in (0, 1, 7, 20):
+        tokens = np.arange(size, dtype=np.uint16)
+        np.save(tmp_path / "numpy.npy", tokens)
+        save_shard(tmp_path / "ours.npy", tokens)
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
 
 
 def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
-    """Python 3.11 parses in one thread at a time: training opened a shard while the check of
-    another began, and ended with "AST constructor recursion depth mismatch"."""
+    """Guards against "AST constructor recursion depth mismatch": Python 3.11 parses in one thread
+    at a time, and training opens a shard while the check of another begins."""
     path = tmp_path / "a_train_000000.npy"
     np.save(path, np.arange(100, dtype=np.uint16))
 
@@ -167,8 +185,8 @@ def test_shards_are_opened_in_several_threads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("header", [b"{" * 60, b"(" * 60, b"1e999" + b"9" * 50, b"{'a': \xff}" * 6])
 def test_a_damaged_header_gives_a_line(tmp_path, header):
-    """numpy parses the header as Python: tokenize.TokenError, SyntaxError and others came through
-    as tracebacks."""
+    """Guards against a traceback: numpy parses the header as Python and raises TokenError,
+    SyntaxError and others."""
     path = tmp_path / "a_train_000000.npy"
     np.save(path, np.arange(100, dtype=np.uint16))
     data = path.read_bytes()
@@ -183,7 +201,7 @@ def test_a_damaged_header_gives_a_line(tmp_path, header):
     {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
 ])
 def test_a_meta_json_of_another_form(tmp_path, meta):
-    """Damage that leaves valid JSON came through as a KeyError with a traceback."""
+    """Guards against a KeyError with a traceback for damage that leaves valid JSON."""
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="cannot read .*meta.json"):
         read_meta(tmp_path)
