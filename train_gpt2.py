@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from fineweb import prepare
 from gptlib.training import scoring
 from gptlib.training.batch_size import choose_batch_size, memory_errors_told
-from gptlib.checkpoints.formats import CHECKPOINT_VERSION, load_checkpoint, load_initial_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.shards import list_shards
@@ -46,7 +46,8 @@ from gptlib.training.parallel import (Evaluation, clip_gradients, create_on, set
 from gptlib.training.plan import print_plan
 from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS, default_max_lr, preset_settings
 from gptlib.training.console import Reporter, describe_run, print_run
-from gptlib.checkpoints.saver import BackgroundSaver, check_fit, restore_training_state
+from gptlib.checkpoints.saver import Saver
+from gptlib.checkpoints.start import Start, load_start
 from gptlib.runtime import (StopSignal, World, any_rank, distributed, gather_rng, get_rng,
                             nondeterministic_algorithms, prepare_attention, prepare_device,
                             resolve_device, resolve_dtype, set_rng, skip_init,
@@ -262,7 +263,11 @@ class GPT(nn.Module):
         Raises UserError where the weights do not fit the config.
         """
         known = [field.name for field in dataclasses.fields(GPTConfig)]
-        config = GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known})
+        unknown = [name for name in checkpoint["config"] if name not in known]
+        if unknown:
+            raise UserError(f"the checkpoint's model has a setting {unknown[0]!r}, which this "
+                            "program's does not have: they compute different things")
+        config = GPTConfig(**checkpoint["config"])
         masks = (".attn.bias", ".attn.masked_bias")  # buffers of older GPT-2s, no weights
         state = {k: v for k, v in checkpoint["model"].items() if not k.endswith(masks)}
         if block_size is not None and block_size < config.block_size:
@@ -526,11 +531,12 @@ def sample(model, cfg, tokenizer, device, autocast, dtype, rank=0):
     return [tokenizer.decode(row) for row in idx.tolist()]
 
 
-def create_model(cfg, checkpoint, tokenizer):
+def create_model(cfg, start, tokenizer):
     """The model that a run starts from: the checkpoint's, or one with random weights."""
-    if checkpoint is not None:
-        check_fit(cfg, checkpoint, tokenizer)
-        return GPT.from_checkpoint(checkpoint, cfg.block_size, cfg.dropout)
+    if start and start.checkpoint:
+        start.check_fit(tokenizer, cfg.data_root, cfg.optimizer, cfg.shard, n_layer=cfg.n_layer,
+                        n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size)
+        return GPT.from_checkpoint(start.checkpoint, cfg.block_size, cfg.dropout)
     # 50257 -> 50304: matrix kernels are fastest where the sizes are multiples of a power of two
     vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64
     return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
@@ -541,8 +547,9 @@ def create_model(cfg, checkpoint, tokenizer):
 # the training loop
 
 
-def train(cfg, checkpoint=None, world=World()):
-    """Train as cfg says, from the checkpoint if there is one; returns the last validation loss."""
+def train(cfg, start=None, world=World()):
+    """Train as cfg says, from where `start` says; returns the last validation loss."""
+    start = start or Start()
     # device and precision
     device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
     dtype = resolve_dtype(cfg.dtype, device)
@@ -561,23 +568,18 @@ def train(cfg, checkpoint=None, world=World()):
 
     # model and optimizers; the initial weights are the same on every rank
     torch.manual_seed(cfg.seed)
-    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, checkpoint, tokenizer),
-                          directory=checkpoint and checkpoint.get("directory"))
+    raw_model = create_on(device, cfg, world, lambda: create_model(cfg, start, tokenizer),
+                          start.directory)
     optimizers = configure_optimizers(raw_model, cfg, device, world)
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
 
     # where the run stands
-    step, position, val_loss, val_step = 0, 0, None, None
-    resumed = checkpoint is not None and "step" in checkpoint
-    if resumed:
-        step, position = checkpoint["step"], checkpoint["position"]
-        val_loss, val_step = checkpoint["val_loss"], checkpoint["val_step"]
-        restore_training_state(checkpoint, optimizers, scaler)
-        if world.rank < len(checkpoint["rng"]):
-            set_rng(device, checkpoint["rng"][world.rank])
+    step, position = start.step, start.position
+    val_loss, val_step = start.val_loss, start.val_step
+    start.restore(optimizers, scaler, device, world.rank)
+    start.release()
+    if start.resumed:
         print0(f"resuming at step {step} of {cfg.max_steps}, {position:,} tokens into the run")
-    if checkpoint is not None:
-        checkpoint.clear()  # main() holds it too, and the weights need not be in memory twice
     start_step = step
     batch_size = cfg.batch_size or choose_batch_size(raw_model, cfg, device, autocast, dtype, world)
     positions = itertools.count(position, cfg.total_batch_size)
@@ -593,10 +595,10 @@ def train(cfg, checkpoint=None, world=World()):
 
     facts = describe_run(cfg, raw_model, device, dtype, world, batch_size)
     print_run(facts, loader.n_tokens)
-    reporter = Reporter(cfg, raw_model, facts, device, world, step if resumed else None,
+    reporter = Reporter(cfg, raw_model, facts, device, world, step if start.resumed else None,
                         val_tokens_per_byte, tokenizer.name == "gpt2")
     as_directory = cfg.shard and facts["parameters"] > cfg.largest_file
-    saver = BackgroundSaver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
+    saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     with (reporter, saver, contextlib.closing(steps), StepLog(reporter, device) as step_log,
           StopSignal(world) as stop_signal):
         while True:
@@ -626,7 +628,7 @@ def train(cfg, checkpoint=None, world=World()):
                 step_log.flush()
                 rng = gather_rng(device, world)
                 saver.save(dict(
-                    version=CHECKPOINT_VERSION, model=raw_model.state_dict(keep_vars=True),
+                    model=raw_model.state_dict(keep_vars=True),
                     config=asdict(raw_model.config),
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=scaler.state_dict(), rng=rng, train_config=asdict(cfg),
@@ -678,18 +680,18 @@ def main():
     early = ("resume", "auto_resume", "checkpoint_path")
     TrainConfig(**{name: value for name, value in flags.items() if name in early})
     with distributed() as world:
-        checkpoint = load_initial_checkpoint(flags, world)
-        saved = checkpoint["train_config"] if checkpoint else {}
-        cfg = TrainConfig(**{**saved, **flags})
+        known = [field.name for field in dataclasses.fields(TrainConfig)]
+        start = load_start(flags, world, known)
+        cfg = TrainConfig(**{**start.settings, **flags})
         if cfg.plan:
-            vocab_size = checkpoint and checkpoint["config"]["vocab_size"]
-            return print_plan(cfg, lambda cfg, t: create_model(cfg, None, t), vocab_size)
+            vocab_size = start.checkpoint and start.checkpoint["config"]["vocab_size"]
+            return print_plan(cfg, lambda cfg, t: create_model(cfg, Start(), t), vocab_size)
         if not list_shards(cfg.data_root, "train"):
             make_demo_data(cfg, world)
         # a second run in the same directory is refused: they would overwrite each other's files
         lock = lock_directory(cfg.log_dir) if world.rank == 0 else contextlib.nullcontext()
         with lock, memory_errors_told(cfg.batch_size):
-            train(cfg, checkpoint, world)
+            train(cfg, start, world)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from gptlib.checkpoints import directory as checkpoint_directory
 from gptlib.training import optim as muon
 from gptlib.training.batch_size import planned_batch_size
-from gptlib.broadcast import map_leaves
-from gptlib.checkpoints.formats import list_checkpoints, load_checkpoint, load_initial_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.training.optim import Muon
-from gptlib.training.parallel import create_on, train_with, whole
-from gptlib.checkpoints.saver import BackgroundSaver, restore_training_state
+from gptlib.training.parallel import create_on, train_with
+from gptlib.distributed import map_leaves, whole
+from gptlib.checkpoints.saver import Saver, list_checkpoints
+from gptlib.checkpoints.start import load_start
 from gptlib.runtime import distributed, prepare_device
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step
 
@@ -190,7 +191,7 @@ def one_batch_size(world, folder):
 def state_of(model, optimizers, config, step):
     return dict(model=model.state_dict(keep_vars=True), config=vars(config), step=step,
                 optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler={},
-                train_config={}, position=0, tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
+                train_config={}, position=0, rng=[], tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
 
 
 def one_step(model, optimizers):
@@ -207,7 +208,7 @@ def full_disk(world, folder):
     model, cfg, config = model_of(world)
     optimizers = configure_optimizers(model, cfg, CPU, world)
     one_step(model, optimizers)
-    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver = Saver(folder, 5, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
 
     fsync = os.fsync
@@ -235,7 +236,7 @@ def full_disk(world, folder):
     expect(load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1, "the first is damaged")
 
     # the next ones are saved again, also in place of one of the same name
-    saver = BackgroundSaver(folder, 5, world, as_directory=True)
+    saver = Saver(folder, 5, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
     saver.save(state_of(model, optimizers, config, 3))
     saver.__exit__()
@@ -248,9 +249,9 @@ def separate_disks(world, folder):
     one. It is refused at the start, and where the start did not notice, when it is complete."""
     own = folder / str(world.rank)
     own.mkdir()
-    expect_error(lambda: BackgroundSaver(own, 5, world, as_directory=True),
+    expect_error(lambda: Saver(own, 5, world, as_directory=True),
                  "put --log_dir on a disk that all hosts share")
-    BackgroundSaver(folder, 5, world, as_directory=True)
+    Saver(folder, 5, world, as_directory=True)
     expect(not list(folder.glob(".shared*")), "the probe is still there")
 
     model, cfg, config = model_of(world)
@@ -283,7 +284,7 @@ def training_goes_on(world, folder):
         return write_data(self, plan, planner)
 
     dcp.FileSystemWriter.write_data = slow
-    with BackgroundSaver(folder, 5, world, as_directory=True) as saver:
+    with Saver(folder, 5, world, as_directory=True) as saver:
         saver.save(state_of(model, optimizers, config, 1))
         one_step(model, optimizers)
         changed.set()
@@ -306,7 +307,7 @@ def die_while_saving(world, folder):
     model, cfg, config = model_of(world)
     optimizers = configure_optimizers(model, cfg, CPU, world)
     one_step(model, optimizers)
-    saver = BackgroundSaver(folder, 1, world, as_directory=True)
+    saver = Saver(folder, 1, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
     if world.rank == 1:
         checkpoint_directory.checksum = lambda path: os._exit(9)
@@ -415,7 +416,7 @@ def memory_of_a_start(world, folder):
     share = 12 * n / world.size
     for step, as_directory in ((1, False), (2, True)):
         with (PeakMemory() as memory,
-              BackgroundSaver(folder, 0, world, as_directory) as saver):
+              Saver(folder, 0, world, as_directory) as saver):
             saver.save(state_of(model, optimizers, config, step), wait=True)
     found = memory.peak / share
     expect(found < 0.5, f"a directory that training waits for is copied first: {found:.2f} shares")
@@ -434,12 +435,12 @@ def memory_of_a_start(world, folder):
 def start_from(path, cfg, world):
     """What train() makes of a checkpoint: the model and the optimizers."""
     flags = dict(resume=True, checkpoint_path=path, shard=True)
-    checkpoint = load_initial_checkpoint(flags, world)
-    model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint),
-                      checkpoint.get("directory"))
+    start = load_start(flags, world, known=())
+    model = create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(start.checkpoint),
+                      start.directory)
     optimizers = configure_optimizers(model, cfg, CPU, world)
-    restore_training_state(checkpoint, optimizers, None)
-    return checkpoint, model, optimizers
+    start.restore(optimizers, None, CPU, world.rank)
+    return start, model, optimizers
 
 
 def memory_of_hugging_face(world, folder):
@@ -469,11 +470,11 @@ def write_hugging_face(path, max_shard_size, n_embd):
 
 
 def start_from_hugging_face(path, world):
-    checkpoint = load_initial_checkpoint(dict(init_from=str(path), shard=True), world)
+    start = load_start(dict(init_from=str(path), shard=True), world, known=())
     cfg = TrainConfig(shard=True, compile=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(checkpoint))
+        return create_on(CPU, cfg, world, lambda: GPT.from_checkpoint(start.checkpoint))
 
 
 def run_checks(out, names):

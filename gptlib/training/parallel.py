@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from gptlib.checkpoints.directory import read_tensors
 from gptlib.common import UserError
+from gptlib.distributed import own_rows, whole
 from gptlib.runtime import any_rank, compile_model
 
 # -----------------------------------------------------------------------------
@@ -191,25 +191,6 @@ class KeepOwnRows(TorchFunctionMode):
         return tensor
 
 
-def own_rows(tensor, mesh):
-    """The rows of a whole tensor that this rank keeps: torch.chunk along the first dimension."""
-    chunks = tensor.chunk(mesh.size(-1))
-    rank = mesh.get_local_rank(mesh.ndim - 1)
-    return chunks[rank] if rank < len(chunks) else tensor[:0]
-
-
-def shard_like(tensor, parameter):
-    """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it, or the
-    tensor itself where the parameter is not sharded or has another shape (a step count). Nothing
-    is copied from an empty tensor on the meta device."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    if not tensor.is_meta:
-        part.to_local().copy_(own_rows(tensor, parameter.device_mesh))
-    return part
-
-
 @torch.no_grad()
 def fill_parameters(model, rows):
     """Copy this rank's rows, {name: tensor}, into the parameters of a sharded model."""
@@ -235,11 +216,6 @@ def clip_gradients(model, max_norm):
     the whole model, a tensor: on CUDA the host does not wait for it."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return whole(norm)
-
-
-def whole(tensor):
-    """The whole of a tensor that may be sharded; then every rank has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Evaluation:

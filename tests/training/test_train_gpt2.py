@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import train_gpt2
 from gptlib.training import parallel
 from gptlib.data.loader import TokenLoader
-from gptlib.checkpoints.saver import restore_training_state
+from gptlib.checkpoints.start import Start
 from gptlib.inference.sampling import sample_next
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, evaluate, generate, get_lr
 from train_gpt2 import take_step, train
@@ -202,7 +202,9 @@ def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
                 if p.dim() >= 2:
                     p.mul_(1 - lr * 0.1)
                 p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
-    train(cfg, dict(model=start, config=dataclasses.asdict(model.config), tokenizer=tiny_tokenizer(data_root)))
+    checkpoint = dict(model=start, config=dataclasses.asdict(model.config),
+                      tokenizer=tiny_tokenizer(data_root))
+    train(cfg, Start(checkpoint=checkpoint))
     ours = read_log(tmp_path / "log")["train"]
     assert [float(ours[s]) for s in range(10)] == pytest.approx(losses, abs=2e-5)
     saved = torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["model"]
@@ -286,8 +288,8 @@ def test_optimizer_state_saved_in_other_groups_is_restored():
     saved["param_groups"] = [merged, vectors]
 
     resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), CPU)
-    restore_training_state(dict(optimizer=[saved], scaler={}), [resumed],
-                           torch.amp.GradScaler("cpu", enabled=False))
+    start = Start(resumed=True, optimizer=[saved])
+    start.restore([resumed], torch.amp.GradScaler("cpu", enabled=False), CPU, 0)
     for name, p in model.named_parameters():
         assert torch.equal(resumed.state[p]["exp_avg"], trained.state[p]["exp_avg"]), name
     assert [group["lr_ratio"] for group in resumed.param_groups] == [2.0, 1.0, 1.0]
@@ -387,10 +389,10 @@ def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
     saved = scaler(saved_scale is not None, saved_scale or 65536.0).state_dict()
     assert bool(saved) == (saved_scale is not None)
     resumed = scaler(True)
-    restore_training_state(dict(optimizer=[], scaler=saved), [], resumed)
+    Start(resumed=True, scaler=saved).restore([], resumed, CPU, 0)
     assert resumed.get_scale() == expected
     # and the other way: float32 ignores the state of a float16 run
-    restore_training_state(dict(optimizer=[], scaler=saved), [], scaler(False))
+    Start(resumed=True, scaler=saved).restore([], scaler(False), CPU, 0)
 
 
 def test_a_step_given_up_changes_nothing():
