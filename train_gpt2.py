@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fineweb import find_or_make_shards
 from gptlib import distributed, runtime
-from gptlib.checkpoints.formats import load_checkpoint, load_weights
+from gptlib.checkpoints.formats import fill_model, load_checkpoint
 from gptlib.checkpoints.huggingface import export_model
 from gptlib.checkpoints.saver import Saver
 from gptlib.checkpoints.start import Start, load_start
@@ -210,12 +210,16 @@ class GPT(nn.Module):
         Raises UserError if the weights do not fit the config.
         """
         known = [field.name for field in dataclasses.fields(GPTConfig)]
-        config = GPTConfig(**{k: v for k, v in checkpoint["config"].items() if k in known})
+        unknown = [name for name in checkpoint["config"] if name not in known]
+        if unknown:
+            raise UserError(f"the checkpoint's model has a setting {unknown[0]!r}, which this "
+                            "program's does not have: they compute different things")
+        config = GPTConfig(**checkpoint["config"])
         config.block_size = min(config.block_size, block_size or config.block_size)
         config.dropout = config.dropout if dropout is None else dropout
         with runtime.skip_init():
             model = cls(config)
-        load_weights(model, checkpoint["model"])
+        fill_model(model, checkpoint["model"])
         return model
 
     @classmethod
@@ -546,6 +550,9 @@ def train(cfg, start=Start(), world=distributed.World()):
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
     start.restore(optimizers, scaler, device, world.rank)
     start.release()  # main() holds it too, and the weights need not be in memory twice
+    if start.resumed:
+        print0(f"resuming at step {start.step} of {cfg.max_steps}, {start.position:,} tokens into "
+               "the run")
     step, position, val_loss, val_step = start.step, start.position, start.val_loss, start.val_step
     batch_size = cfg.batch_size or memory.choose_batch_size(
         raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)

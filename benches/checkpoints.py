@@ -8,7 +8,7 @@ import torch
 
 from benches.training import training_shape
 from benches.turns import show_results, show_seconds, take_turns
-from gptlib.checkpoints.formats import copy_to_host, save_checkpoint
+from gptlib.checkpoints.saver import copy_to_host, save_checkpoint
 from gptlib.common import atomic_write
 from gptlib.runtime import resolve_device
 from train_gpt2 import GPT, TrainConfig, configure_optimizers

@@ -24,7 +24,8 @@ from benches.serving import offline_tokenizer
 from benches.training import record_profile, training_ours, training_shape
 from benches.turns import ContenderProcess, dtype_name, take_turns
 from gptlib.training import scoring
-from gptlib.checkpoints.formats import copy_to_host, load_checkpoint, save_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.saver import copy_to_host, save_checkpoint
 from gptlib.common import UserError, atomic_write, first_line, log
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.runtime import git_commit, resolve_device, resolve_dtype

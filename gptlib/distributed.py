@@ -148,16 +148,7 @@ def gather_from_all(value, world):
 
 
 # -----------------------------------------------------------------------------
-# nests of dicts, lists and tensors
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a tensor belongs in a nest whose tensors are sent separately."""
-
-    index: int
-    shape: torch.Size
-    dtype: torch.dtype
+# nests
 
 
 def map_leaves(nest, function):
@@ -166,7 +157,9 @@ def map_leaves(nest, function):
 
 
 def map_named(nest, function, name=""):
-    """The same, with function(leaf, name): the keys that lead to a leaf, "model.lm_head.weight".
+    """The same nest, every leaf replaced by function(leaf, name).
+
+    A leaf's name is made of the keys that lead to it, such as "model.lm_head.weight".
     """
     if isinstance(nest, dict):
         return {key: map_named(value, function, f"{name}{key}.") for key, value in nest.items()}
@@ -176,9 +169,25 @@ def map_named(nest, function, name=""):
     return function(nest, name[:-1])
 
 
+# -----------------------------------------------------------------------------
+# from rank 0 to the others, one tensor at a time: pickling the whole nest, as
+# broadcast_object_list does, would hold three to four copies of it in memory
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Stands for a tensor of a nest whose tensors are sent separately."""
+
+    index: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def split_tensors(nest):
-    """(skeleton, tensors): the nest with a TensorPlace for each tensor, and the tensors, shared
-    ones only once."""
+    """(skeleton, tensors): the nest with a TensorPlace for each tensor, and the list of tensors.
+
+    A tensor that stands in several places is listed once.
+    """
     tensors, places = [], {}
 
     def replace_tensor(leaf):
@@ -194,10 +203,10 @@ def split_tensors(nest):
 
 
 def broadcast_nest(nest, rank, keep_own=False):
-    """Rank 0's nest, on every process: called by all of them. Tensors have to lie in CPU memory.
+    """Rank 0's nest, on every process. Its tensors must lie in CPU memory.
 
-    A process with keep_own takes part, because a broadcast needs all, and returns the nest it came
-    with.
+    Collective: every process calls it. A process with keep_own takes part, because a broadcast
+    needs all of them, and returns the nest that it passed in.
     """
     skeleton, tensors = split_tensors(nest) if rank == 0 else (None, [])
     places = [TensorPlace(i, tensor.shape, tensor.dtype) for i, tensor in enumerate(tensors)]
@@ -229,7 +238,7 @@ def broadcast_nest(nest, rank, keep_own=False):
 
 
 def whole(tensor):
-    """The whole of a tensor that may be sharded; then every rank has to call it."""
+    """The whole of a tensor that may be sharded. Collective if it is: every process calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -241,9 +250,11 @@ def own_rows(tensor, mesh):
 
 
 def shard_like(tensor, parameter):
-    """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it, or the
-    tensor itself where the parameter is not sharded or has another shape (a step count). Nothing
-    is copied from an empty tensor on the meta device."""
+    """This rank's part of a whole tensor, laid out as the parameter is: a DTensor like it.
+
+    The tensor itself is returned if the parameter is not sharded or has another shape (a step
+    count has). Nothing is copied from an empty tensor on the meta device.
+    """
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)

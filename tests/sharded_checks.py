@@ -33,9 +33,10 @@ from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes, planned_batch_size
 from gptlib.training.optim import Muon
 from gptlib.training.parallel import create_on, train_with
+from gptlib.distributed import map_leaves, whole
 from gptlib.checkpoints.saver import Saver, list_checkpoints
 from gptlib.checkpoints.start import load_start
-from gptlib.distributed import join, map_leaves, whole
+from gptlib.distributed import join
 from gptlib.runtime import prepare_device
 from stepping import take_step
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
@@ -43,7 +44,6 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
 SHAPES = [(64, 32), (32, 64), (5, 7), (2, 9), (64, 32), (1, 3)]  # some with fewer rows than ranks
 OPTIONS = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 CPU = torch.device("cpu")
-KNOWN_SETTINGS = [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def expect(condition, text):
@@ -192,7 +192,7 @@ def one_batch_size(world, folder):
 def state_of(model, optimizers, config, step):
     return dict(model=model.state_dict(keep_vars=True), config=vars(config), step=step,
                 optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler={},
-                train_config={}, position=0, tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
+                train_config={}, position=0, rng=[], tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
 
 
 def one_step(model, optimizers):
@@ -436,7 +436,7 @@ def memory_of_a_start(world, folder):
 def start_from(path, cfg, world):
     """What train() makes of a checkpoint: the model and the optimizers."""
     flags = dict(resume=True, checkpoint_path=path, shard=True)
-    start = load_start(flags, world, KNOWN_SETTINGS)
+    start = load_start(flags, world, known=())
     model = create_on(CPU, cfg.layout(), world, lambda: GPT.from_checkpoint(start.checkpoint),
                       start.directory)
     optimizers = configure_optimizers(model, cfg, CPU, world)
@@ -471,7 +471,7 @@ def write_hugging_face(path, max_shard_size, n_embd):
 
 
 def start_from_hugging_face(path, world):
-    start = load_start(dict(init_from=str(path), shard=True), world, KNOWN_SETTINGS)
+    start = load_start(dict(init_from=str(path), shard=True), world, known=())
     cfg = TrainConfig(shard=True, compile=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,22 +6,24 @@ RUNS.json is a list of dicts of flags, one for each run. A run begins where flag
 say.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import conftest  # noqa: F401 - it puts the repository on the path
 import train_gpt2
-from gptlib.checkpoints.formats import load_initial_checkpoint
+from gptlib.checkpoints.start import load_start
 from gptlib.distributed import join
 
 
 def run_all(path):
     with join() as world:
         for flags in json.loads(Path(path).read_text()):
-            checkpoint = load_initial_checkpoint(flags, world)
-            saved = checkpoint["train_config"] if checkpoint else {}
-            train_gpt2.train(train_gpt2.TrainConfig(**{**saved, **flags}), checkpoint, world)
+            known = [field.name for field in dataclasses.fields(train_gpt2.TrainConfig)]
+            start = load_start(flags, world, known)
+            cfg = train_gpt2.TrainConfig(**{**start.settings, **flags})
+            train_gpt2.train(cfg, start, world)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from byte_model import N_VOCAB, drain, make_model, make_tokenizer, prompts
 from conftest import ROOT, TINY, environment
 
 import train_gpt2
-from gptlib.checkpoints import formats as checkpoint
+from gptlib.checkpoints.saver import save_checkpoint
 from gptlib.inference import engine as engine_module
 from gptlib.inference.engine import Engine
 from gptlib.runtime import without_cudnn_attention
@@ -94,7 +94,7 @@ PEAK_OF_RANK = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from gptlib.checkpoints import formats as checkpoint
+from gptlib.checkpoints.start import load_start
 from gptlib.distributed import World
 
 def held():
@@ -106,10 +106,10 @@ os.chdir(folder)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 dist.barrier()
 before = held()
-loaded = checkpoint.load_initial_checkpoint(dict(auto_resume=True), World(rank, rank, 2))
+start = load_start(dict(auto_resume=True), World(rank, rank, 2), known=())
 with open("/proc/self/status") as f:  # ru_maxrss would begin with what the parent process had
     peak = int(f.read().split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps([peak - before, loaded["model"]["weight"][-1].item()]))
+print(json.dumps([peak - before, start.checkpoint["model"]["weight"][-1].item()]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -129,9 +129,8 @@ def test_a_resume_holds_the_checkpoint_once(tmp_path, sees_file):
                  config=dict(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=64),
                  optimizer=[dict(state={0: torch.ones(n)}, param_groups=[])], scaler={},
                  rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={}, tokenizer=None,
-                 step=3, position=9, val_loss=None, val_step=None,
-                 version=checkpoint.CHECKPOINT_VERSION)
-    checkpoint.save_checkpoint(folders[0] / "log", state, keep=0)
+                 step=3, position=9, val_loss=None, val_step=None)
+    save_checkpoint(folders[0] / "log", state, keep=0)
     processes = []
     for rank, folder in enumerate(folders):
         argv = [sys.executable, "-c", PEAK_OF_RANK, str(rank), str(tmp_path / "store"), str(folder)]

@@ -1,4 +1,4 @@
-"""Checkpoints of models too large for one file: a directory that every rank writes its share of.
+"""Checkpoints of models too large for one file: a directory, of which every rank writes its share.
 
     model_01000.pt/           the name of a file, so that the same commands take both
       state.pt                the dict of a checkpoint file, an empty tensor for each sharded one
@@ -6,7 +6,7 @@
       .metadata               which file holds which rows
       checksums.json          size and CRC-32 of each of these files
 
-It has another name until all ranks have written, so it is whole or not there.
+It has another name until all ranks have written, so a directory of that name is whole.
 """
 
 import errno
@@ -25,10 +25,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from gptlib.distributed import map_named
 from gptlib.checkpoints.verified_file import load_without_executing
-from gptlib.common import (UserError, crc32_of_file, first_line, sync_directory,
-                           write_synced)
+from gptlib.common import UserError, crc32_of_file, first_line, sync_directory, write_synced
+from gptlib.distributed import map_named
 
 STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
 
@@ -37,11 +36,11 @@ STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
 
 
 class DirectoryWriter:
-    """One checkpoint on its way to the disk. Every rank makes one and calls its methods.
+    """One checkpoint on its way to the disk. Collective: every rank makes one and calls finish().
 
-    __init__ copies the tensors to CPU memory; finish(), which a thread can call, writes them. With
-    `frozen`, nothing changes the tensors until then, and those in CPU memory are not copied.
-    process_group: one for these threads alone, with a CPU backend.
+    __init__ copies the tensors to CPU memory; finish(), which a thread can call, writes them.
+    frozen: nothing changes the tensors until then, so those in CPU memory are not copied.
+    process_group: a group for these threads alone, with a CPU backend.
     """
 
     def __init__(self, path, state, process_group, frozen=False):
@@ -61,7 +60,7 @@ class DirectoryWriter:
         """Give the directory its name when all ranks have written their files, and call publish()
         on rank 0. Returns the path.
 
-        Raises UserError on all ranks where one of them could not write.
+        Raises UserError on all ranks if one of them could not write.
         """
         self.raise_any(self.errors)
         self.raise_any(self.share(report(self.write_tensors)))
@@ -74,7 +73,7 @@ class DirectoryWriter:
         return self.path
 
     def write_tensors(self):
-        # Not async_save: its copies of sharded tensors in CPU memory are two at once.
+        # not async_save, which holds two copies of each sharded tensor in CPU memory
         writer = dcp.FileSystemWriter(self.tmp, per_thread_copy_ahead=0)
         dcp.save(self.tensors, process_group=self.group, storage_writer=writer)
 
@@ -82,7 +81,7 @@ class DirectoryWriter:
         return {path.name: checksum(path) for path in self.tmp.glob(pattern)}
 
     def complete(self, checksums, publish):
-        """Add what rank 0 writes, and rename."""
+        """Write rank 0's files, and give the directory its name."""
         for name in checksums:
             if not (self.tmp / name).is_file():
                 raise OSError(errno.ENOENT, f"{name} of another process is not in {self.tmp}")
@@ -91,20 +90,20 @@ class DirectoryWriter:
         text = json.dumps(checksums, indent=1).encode()
         write_synced(self.tmp / CHECKSUMS, lambda file: file.write(text))
         sync_directory(self.tmp)
-        if self.path.exists():  # an earlier course of the run
+        if self.path.exists():  # the run was here before, and was resumed from an earlier step
             remove_directory(self.path)
         os.replace(self.tmp, self.path)
         sync_directory(self.path.parent)
         publish()
 
     def share(self, value):
-        """The values of all ranks, a list on each of them."""
+        """The values of all ranks, as a list on every rank."""
         values = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def raise_any(self, errors):
-        """Raise the UserError of the first rank that has an error, a text."""
+        """Raise a UserError with the first of the ranks' error texts, if there is one."""
         failed = [text for text in errors if text]
         if failed:
             if self.rank == 0:
@@ -114,10 +113,10 @@ class DirectoryWriter:
 
 
 def report(function):
-    """Call function(); returns None, or in one line which process failed and why."""
+    """Call function(); returns None, or one line that says which process failed and why."""
     try:
         function()
-    except (Exception, CheckpointException) as error:  # that the save fails must not end the run
+    except (Exception, CheckpointException) as error:  # a failed save must not end the run
         failures = getattr(error, "failures", {dist.get_rank(): error})
         rank, cause = next(iter(failures.items()))
         return f"process {rank}: {describe(cause)}"
@@ -137,8 +136,8 @@ def describe(error):
 def split_sharded(state):
     """({name: DTensor}, a copy of the state with an empty tensor in place of each DTensor).
 
-    The empty ones lie on the meta device: they have a shape and a dtype and no numbers. Of tied
-    tensors, such as the embedding and the head, the first one's name counts.
+    The empty tensors lie on the meta device: they have a shape and a dtype, and no numbers. Tied
+    tensors, such as the embedding and the head, are saved once, under the name of the first.
     """
     tensors, skeletons = {}, {}
 
@@ -154,14 +153,15 @@ def split_sharded(state):
 
 
 def make_empty(folder):
-    """Make a directory; what a killed process left in it goes."""
+    """Make an empty directory; what a killed process left there is removed."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
 def remove_directory(path):
-    """Remove a checkpoint directory; it loses its name first, so that no half of it remains."""
+    """Remove a checkpoint directory. It loses its name first: what has the name is always whole.
+    """
     leaving = path.with_name(path.name + ".removed")
     shutil.rmtree(leaving, ignore_errors=True)
     os.replace(path, leaving)
@@ -177,10 +177,10 @@ def is_checkpoint_directory(path):
 
 
 def read_checkpoint_directory(path, verify=True):
-    """The checkpoint dict of a directory, with an empty tensor (on the meta device) for each
-    sharded one, and "directory", from where `read_tensors` fills them. Nothing is executed.
+    """The checkpoint dict of a directory, and its path as "directory". Nothing is executed.
 
-    Raises UserError where a file is missing or damaged.
+    The sharded tensors are empty (on the meta device) until `read_tensors` reads them from there.
+    Raises UserError if a file is missing or damaged.
     """
     path = Path(path).resolve()
     try:
@@ -192,13 +192,13 @@ def read_checkpoint_directory(path, verify=True):
     except Exception as error:
         raise UserError(f"{str(path)!r} is no checkpoint that can be read: "
                         f"{first_line(error)}") from error
-    return {**checkpoint, "directory": str(path)}
+    return {**checkpoint, "directory": str(path)} if isinstance(checkpoint, dict) else checkpoint
 
 
 def fill_checkpoint(checkpoint, model_only=False):
-    """Read the tensors of a checkpoint of read_checkpoint_directory, whole, into CPU memory.
+    """Read the empty tensors of a checkpoint of read_checkpoint_directory into CPU memory.
 
-    With model_only those of the optimizers stay empty.
+    With model_only the tensors of the optimizers stay empty.
     """
     tensors, filled = {}, {}
 
@@ -217,10 +217,10 @@ def fill_checkpoint(checkpoint, model_only=False):
 
 
 def read_tensors(directory, tensors):
-    """Fill tensors, {name: tensor}, from a checkpoint directory; of a DTensor each rank reads its
-    own rows. Raises UserError where a shape differs."""
+    """Fill tensors, {name: tensor}, from a checkpoint directory; a rank reads its own rows of a
+    DTensor. Raises UserError if a shape differs."""
     try:
-        with warnings.catch_warnings():  # that it is a single process: that is meant
+        with warnings.catch_warnings():  # torch warns that a process reads for itself
             warnings.simplefilter("ignore")
             dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
     except (Exception, CheckpointException) as error:
@@ -228,7 +228,7 @@ def read_tensors(directory, tensors):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader, but for .metadata, a pickle: nothing in it is executed."""
+    """torch's reader, which executes nothing of .metadata, a pickle."""
 
     def read_metadata(self, *args, **kwargs):
         with open(self.path / METADATA, "rb") as file:
@@ -259,7 +259,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def member_of_enum(enum, name):
-    """What is allowed of getattr, as which Python 3.11.2 pickles the members of an enum."""
+    """The one use of getattr that is allowed: Python 3.11.2 pickles members of an enum so."""
     if isinstance(enum, EnumMeta) and name in enum.__members__:
         return enum[name]
     raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum}, which is refused")
@@ -270,10 +270,10 @@ def member_of_enum(enum, name):
 
 
 def verify_files(path):
-    """Compare every file with its size and checksum, several at a time. Raises UserError for one
-    that differs."""
+    """Compare every file with its size and checksum, several at a time. Raises UserError if one
+    differs."""
     checksums = json.loads((path / CHECKSUMS).read_bytes())
-    with ThreadPoolExecutor(8) as threads:  # the ranks wait for rank 0, ten minutes at most
+    with ThreadPoolExecutor(8) as threads:  # the other ranks wait for rank 0, ten minutes at most
         list(threads.map(lambda item: verify_file(path, *item), checksums.items()))
 
 
@@ -299,6 +299,6 @@ def damaged(path, name, reason):
 
 
 def identity_of_directory(path):
-    """Equal where two directories hold the same files: of the checksums of all of them."""
+    """Equal if two directories hold the same files: size and CRC-32 of the list of checksums."""
     checksums = Path(path) / CHECKSUMS
     return tuple(checksum(checksums).values()) if checksums.is_file() else None

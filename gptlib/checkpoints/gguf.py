@@ -20,8 +20,7 @@ LAYERS_OF_A_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "
 
 
 def dtype_from_name(path):
-    """The dtype that a file's name ends in: q8_0 for model-q8_0.gguf, f16 where the name says
-    nothing.
+    """The dtype that a file's name ends in: q8_0 for model-q8_0.gguf, f16 if the name has none.
 
     Raises UserError for a type of llama.cpp's that is not written here, such as q4_k_m.
     """
@@ -42,10 +41,10 @@ def export_gguf(config, state, tokenizer, path, dtype="f16"):
     """Write the model and its tokenizer as one GGUF file, whole or not at all.
 
     config: a GPTConfig; state: the model's state dict; tokenizer: its tiktoken.Encoding; dtype:
-    of the matrices, f16, bf16 or q8_0 (8 bits, and a scale for every 32 weights). Biases, layer
-    norms and positions stay in float32. Rows of the embedding past the tokenizer's ids are cut.
-    Raises UserError where llama.cpp would compute something else than this model or split text
-    into other tokens, and where the file can't be written.
+    the type of the matrices, f16, bf16 or q8_0 (8 bits, and a scale for every 32 weights). Biases,
+    layer norms and positions stay in float32. Rows of the embedding past the tokenizer's ids are
+    cut. Raises UserError if llama.cpp would compute something else than this model or split text
+    into other tokens, or if the file can't be written.
     """
     check_dtype(dtype)
     check_model(config, tokenizer)
@@ -68,9 +67,8 @@ def export_gguf(config, state, tokenizer, path, dtype="f16"):
             writer.write_ti_data_to_file()
         finally:
             writer.close()
-        # Not GGUFWriter.write_tensor_data, whose ndarray.tofile can miss that the disk is full.
-        # One tensor at a time is converted, so that the export of a large model needs little
-        # memory.
+        # Not GGUFWriter.write_tensor_data: its ndarray.tofile can miss that the disk is full.
+        # One tensor is converted at a time, so the export of a large model needs little memory.
         f.seek(0, os.SEEK_END)
         for name, weight, qtype in tensors:
             writer.write_padding(f, f.tell())
@@ -81,9 +79,7 @@ def export_gguf(config, state, tokenizer, path, dtype="f16"):
 
 
 def check_model(config, tokenizer):
-    """Raise UserError where llama.cpp has no means to run this model or to split text as its
-    tokenizer does.
-    """
+    """Raise UserError if llama.cpp cannot run this model, or split text as its tokenizer does."""
     if config.gelu != "tanh":
         raise UserError("cannot export a model with the exact GELU (nanoGPT's): llama.cpp computes "
                         "GPT-2 with the tanh approximation, so its results would differ; export a "
@@ -99,14 +95,13 @@ def check_model(config, tokenizer):
 
 
 def derive_merges(ranks):
-    """The pairs of tokens that byte-pair encoding merges, as [(left, right)] of bytes in the
-    order of rank.
+    """The pairs of tokens that byte-pair encoding merges, as [(left, right)] of bytes, by rank.
 
-    ranks: {token bytes: rank}. tiktoken merges any two tokens that make a third, and llama.cpp
+    ranks: {token bytes: rank}. tiktoken merges any two tokens that make a third; llama.cpp merges
     only the pairs that the file lists. Yet just one pair per token can ever come up: the two
-    parts that are left of the token's bytes when all merges of lower rank are done. A token with
-    more than two parts left is out of reach of merges (tiktoken still finds it where it is a
-    whole word), so llama.cpp would never make it: UserError.
+    parts that remain of the token's bytes when all merges of lower rank are done. If more than
+    two parts remain, merges never make the token (tiktoken still finds it if it is a whole word),
+    and neither would llama.cpp: UserError.
     """
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError("cannot export the tokenizer: not all of the 256 bytes are tokens")
@@ -127,9 +122,7 @@ def derive_merges(ranks):
 
 
 def apply_merges(text, ranks, limit):
-    """The tokens that byte-pair encoding makes of some bytes with the merges of a rank below the
-    limit.
-    """
+    """The tokens that byte-pair encoding makes of some bytes, with the merges below a rank."""
     parts = [text[i:i + 1] for i in range(len(text))]
     while len(parts) > 1:
         pairs = zip(parts, parts[1:], strict=False)
@@ -157,9 +150,7 @@ def add_hyperparameters(writer, config, n_vocab, name, dtype):
 
 
 def add_tokenizer(writer, tokenizer, merges):
-    """Add the tokens by id and the merges, both spelled in GPT-2's byte alphabet, and the special
-    token.
-    """
+    """Add the tokens by id and the merges, both spelled in GPT-2's byte alphabet."""
     import gguf
     char_of = {byte: char for char, byte in BYTE_OF.items()}
 
@@ -184,7 +175,7 @@ def add_tokenizer(writer, tokenizer, merges):
 def list_tensors(config, state, n_vocab, dtype):
     """The tensors of the file as [(GGUF's name, weight, type)].
 
-    The head is not among them: it is the embedding, which llama.cpp uses for both where there is
+    The head is not among them: it is the embedding, which llama.cpp uses for both if the file has
     no output.weight.
     """
     import gguf
@@ -213,8 +204,8 @@ def list_tensors(config, state, n_vocab, dtype):
 
 
 def quantize(name, weight, qtype):
-    """The weight as the contiguous numpy array that the file holds. Raises UserError where f16
-    can't hold it.
+    """The weight as the contiguous numpy array that the file holds. Raises UserError if f16 can't
+    hold it.
     """
     import gguf
     values = weight.detach().float().cpu().contiguous().numpy()

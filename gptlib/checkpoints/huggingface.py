@@ -15,10 +15,9 @@ GELU_OF = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh",
 
 
 def locate_model(path):
-    """The path itself, but for one of GPT2_NAMES: that is downloaded into Hugging Face's cache,
-    unless it is there, and the result is its directory.
+    """The path itself; for one of GPT2_NAMES, the directory of that model in Hugging Face's cache.
 
-    Raises UserError where it can't be downloaded.
+    It is downloaded if it is not there. Raises UserError if that fails.
     """
     name = str(path)
     if name not in GPT2_NAMES or Path(path).is_dir():
@@ -32,24 +31,24 @@ def locate_model(path):
 
 
 def identity_of_hugging_face(directory):
-    """Equal where two processes see the same files, on one host or on a disk that hosts share.
+    """Equal if two processes see the same files, on one host or on a disk that hosts share.
 
-    Copies on separate disks differ: the files come without checksums, and comparing what is in
-    them would take reading all of it.
+    Copies on separate disks differ: the files come without checksums, and to compare their
+    contents one would have to read all of them.
     """
     try:
         files = [path.stat() for path in sorted(Path(directory).iterdir()) if path.is_file()]
     except OSError:
-        return None  # not known: whoever loads the model reports the error
+        return None  # the error is reported when the model is loaded
     return tuple((file.st_ino, file.st_size, file.st_mtime_ns) for file in files)
 
 
 def load_hugging_face(directory):
     """The GPT-2 of a Hugging Face directory, as load_checkpoint returns it.
 
-    transformers maps the files, whether one or several: a tensor, transposed or not, is read from
-    disk when it is used. Raises UserError where the model can't be loaded, or where its config
-    computes something else than GPT-2.
+    transformers maps the files: a tensor, transposed or not, is read from disk when it is used.
+    Raises UserError if the model can't be loaded, or if its config computes something else than
+    GPT-2.
     """
     hf = load_transformers_model(directory)
     check_plain_gpt2(directory, hf.config)
@@ -86,15 +85,14 @@ def not_loaded(name, error):
 
 
 def silence_transformers():
-    """No progress bars and warnings: what matters of them is raised as an error."""
+    """Switch off progress bars and warnings: what matters is raised as an error."""
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
 def check_plain_gpt2(name, config):
-    """Raise UserError for an option that changes what is computed, and that our model does not
-    have."""
+    """Raise UserError for an option that changes what is computed and that our model lacks."""
     allowed = {
         "activation_function": tuple(GELU_OF),
         "n_inner": (None, 4 * config.n_embd),
@@ -115,8 +113,8 @@ def export_model(config, state, tokenizer, directory):
     """Write a new directory from which `transformers` loads model and tokenizer, with equal logits
     and greedy text.
 
-    config: a GPTConfig; state: the model's state dict; rows of the embedding past the tokenizer's
-    ids are cut. Raises UserError where the directory can't be written, or exists already.
+    config: a GPTConfig; state: the model's state dict. Rows of the embedding past the tokenizer's
+    ids are cut. Raises UserError if the directory can't be written, or exists already.
     """
     from transformers.utils import logging
     logging.disable_progress_bar()

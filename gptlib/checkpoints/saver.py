@@ -1,99 +1,114 @@
-"""How a run goes on from a checkpoint, and the thread that writes the next ones."""
+"""Saves checkpoints completely or not at all, from a thread while training goes on."""
 
 import contextlib
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from gptlib.checkpoints.formats import (checkpoint_path, copy_to_host, publish_checkpoint,
-                               save_checkpoint)
-from gptlib.checkpoints.directory import DirectoryWriter, read_tensors, split_sharded
-from gptlib.common import UserError, print0
-from gptlib.training.parallel import shard_like
+from gptlib.checkpoints.directory import DirectoryWriter, remove_directory
+from gptlib.common import UserError, atomic_write, print0
+from gptlib.distributed import map_leaves, whole
 from gptlib.distributed import World, any_rank, share_from_rank0
-from gptlib.data.tokenizer import tokenizer_to_dict
+
+CHECKPOINT_VERSION = 1  # a program that knows only lower ones refuses the checkpoint
+
+# -----------------------------------------------------------------------------
+# the files of a log directory
 
 
-def check_fit(cfg, checkpoint, tokenizer):
-    """Raise UserError where the settings or the dataset's tokenizer do not fit the checkpoint
-    that a run starts from.
+def save_checkpoint(log_dir, state, keep):
+    """Write log_dir/model_{step}.pt completely or not at all, and return its path.
+
+    Then latest_checkpoint.pt names it, and only the newest `keep` checkpoints stay (0: all of
+    them). Raises UserError if that can't be done; the earlier checkpoints are intact then.
     """
-    theirs = checkpoint["config"]
-    for name in ("n_layer", "n_head", "n_embd"):
-        ours = getattr(cfg, name)
-        if ours != theirs[name]:
-            raise UserError(f"--{name} is {ours}, but the checkpoint's model has {theirs[name]}: "
-                            "leave it out")
-    resumed = "step" in checkpoint
-    limit = theirs["block_size"]
-    if cfg.block_size > limit or (resumed and cfg.block_size != limit):
-        remedy = "leave it out" if resumed else "give at most that"
-        raise UserError(f"--block_size is {cfg.block_size}, but the checkpoint's model has "
-                        f"{limit}: {remedy}")
-    if cfg.shard and "directory" in checkpoint and cfg.block_size != limit:
-        raise UserError(f"--block_size is {cfg.block_size}, but with --shard a checkpoint that is "
-                        f"a directory keeps its {limit}: leave it out, or start without --shard")
-    check_same_tokenizer(cfg.data_root, tokenizer, checkpoint["tokenizer"])
-    if resumed and len(checkpoint["optimizer"]) != (2 if cfg.optimizer == "muon" else 1):
-        raise UserError(f"--optimizer is {cfg.optimizer}, but the checkpoint was trained with "
-                        "another: leave it out")
+    path = checkpoint_path(log_dir, state["step"])
+    if path.is_dir():  # the run was here before, sharded, and then resumed from an earlier step
+        remove_directory(path)
+    atomic_write(path, lambda file: torch.save(state, file))
+    publish_checkpoint(path, keep)
+    return path
 
 
-def check_same_tokenizer(data_root, tokenizer, theirs):
-    """Raise UserError where the dataset's tokenizer is not the checkpoint's, a dict of
-    tokenizer_to_dict.
+def checkpoint_path(log_dir, step):
+    return Path(log_dir) / f"model_{step:05d}.pt"
+
+
+def list_checkpoints(log_dir):
+    """Paths of the checkpoints of a run, newest first."""
+    paths = [path for path in Path(log_dir).glob("model_*.pt") if path.stem[6:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
+
+
+def publish_checkpoint(path, keep):
+    """Let latest_checkpoint.pt name a checkpoint that is written, and remove all but the newest
+    `keep`."""
+    try:
+        update_latest(path)
+        for old in list_checkpoints(path.parent)[keep:] if keep else []:
+            remove_checkpoint(old)
+    except OSError as error:
+        raise UserError(f"{path} is saved, but {error.filename}: {error.strerror}") from error
+
+
+def remove_checkpoint(path):
+    """Remove a checkpoint, file or directory."""
+    if path.is_dir():
+        remove_directory(path)
+    else:
+        path.unlink()
+
+
+def update_latest(path):
+    """Let latest_checkpoint.pt, beside the checkpoint at `path`, stand for that one."""
+    latest = path.with_name("latest_checkpoint.pt")
+    link = path.with_name("latest_checkpoint.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(path.name)
+    except OSError:  # Windows, some network drives
+        shutil.copyfile(path, link)
+    os.replace(link, latest)
+
+
+def copy_to_host(state, keep=True):
+    """A copy of a nest of tensors in CPU memory, to be written while training changes the tensors.
+
+    Tensors that share memory, such as the embedding and the head, share it in the copy too.
+    Collective: sharded tensors are gathered one by one. A rank with keep=False gets None in place
+    of each tensor.
     """
-    ours = tokenizer_to_dict(tokenizer)
-    if all(theirs.get(key) == value for key, value in ours.items()):
-        return
-    name = theirs["name"]
-    source = "gpt2" if name == "gpt2" else "THE_CHECKPOINT"
-    raise UserError(
-        f"the tokenizer of --data_root {data_root} ({tokenizer.name}, {tokenizer.n_vocab} tokens) "
-        f"is not the checkpoint's ({name}): give the dataset that goes with it, or make one of "
-        f"your text by python fineweb.py --tokenizer {source}")
+    copies = {}
+
+    def copy(leaf):
+        if not torch.is_tensor(leaf):
+            return leaf
+        is_sharded = isinstance(leaf, DTensor)
+        # Every rank must gather the same tensors. A rank without rows of a tensor has no address
+        # to tell it by, so a sharded one is told by its object.
+        key = id(leaf) if is_sharded else (leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype)
+        if key not in copies:
+            tensor = whole(leaf.detach())
+            copies[key] = tensor.to("cpu", copy=True) if keep else None
+        return copies[key]
+
+    return map_leaves(state, copy)
 
 
-def restore_training_state(checkpoint, optimizers, scaler):
-    """Load the state of the optimizers and of the gradient scaler.
-
-    Settings such as the learning rate are not restored: what the flags say counts. A checkpoint
-    of a run without loss scaling (bfloat16, float32) has no scaler state; float16 then begins
-    with a fresh one.
-    """
-    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        state = dict(state, param_groups=optimizer.state_dict()["param_groups"])
-        optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-    if "directory" in checkpoint:  # what is there now is empty
-        read_tensors(checkpoint["directory"], named_optimizer_tensors(optimizers))
-    if checkpoint["scaler"]:
-        scaler.load_state_dict(checkpoint["scaler"])
-
-
-def shard_optimizer_state(state, optimizer):
-    """The state dict of an optimizer, its tensors cut as the optimizer's parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in state["param_groups"] for i in group["params"]]
-    tensors = {}
-    for i, p in zip(indices, parameters, strict=True):
-        values = state["state"].get(i, {})
-        tensors[i] = {name: shard_like(tensor, p) for name, tensor in values.items()}
-    return {**state, "state": tensors}
-
-
-def named_optimizer_tensors(optimizers):
-    """{name in a checkpoint directory: sharded tensor of the optimizers' state}."""
-    state = {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
-    return split_sharded(state)[0]
+# -----------------------------------------------------------------------------
+# the thread
 
 
 def require_shared_disk(folder, world):
-    """Raise UserError on all ranks where one of them does not see what rank 0 writes there."""
+    """Raise UserError on all ranks if any rank cannot see files that rank 0 writes to `folder`."""
     probe = Path(folder) / f".shared_{share_from_rank0(os.getpid(), world)}"
     if world.rank == 0:
-        with contextlib.suppress(OSError):  # a full disk: nobody sees it, and nothing is known
+        with contextlib.suppress(OSError):  # on a full disk nobody sees it, which tells nothing
             probe.touch()
     is_there = share_from_rank0(probe.exists(), world)
     is_missing = any_rank(is_there and not probe.exists(), world)
@@ -105,12 +120,11 @@ def require_shared_disk(folder, world):
                         "that all hosts share")
 
 
-class BackgroundSaver:
-    """Writes checkpoints from a thread, one at a time, while training goes on from the same
-    tensors.
+class Saver:
+    """Writes checkpoints from a thread, one at a time, while training goes on.
 
     With as_directory every rank writes its share of a sharded model into a directory; otherwise
-    rank 0 writes one file. Raises UserError where the ranks don't share the disk of a directory.
+    rank 0 writes one file. Raises UserError if a directory is wanted and the ranks share no disk.
     """
 
     def __init__(self, log_dir, keep, world=World(), as_directory=False):
@@ -128,14 +142,16 @@ class BackgroundSaver:
         self.thread.shutdown()
 
     def save(self, state, wait=False):
-        """Copy the state and let rank 0 write the copy in the background; with wait, it returns
-        when that is on disk. Every rank has to call it: sharded tensors are gathered.
+        """Copy the state and write the copy in the background; with wait, return when it is on
+        disk.
 
-        Raises UserError only with wait: a checkpoint on the way that can't be written is a
-        warning, since the next may be.
+        state: a nest of tensors and plain values, with "step". Collective: every process calls it.
+        Raises UserError only with wait: otherwise a checkpoint that can't be written is a warning,
+        since the next one may be.
         """
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()
+        state = {"version": CHECKPOINT_VERSION, **state}
         if self.group:
             write = self._start_directory(state, wait)
         else:

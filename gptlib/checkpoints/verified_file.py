@@ -1,52 +1,40 @@
 """Reads the file that torch.save wrote, and verifies every record before it is used.
 
 torch.save writes a zip archive: data.pkl holds the structure, data/0, data/1, ... hold the bytes
-of one tensor each. The archive's directory keeps a CRC-32 for every record, and torch.load does
-not look at it: without a check, damaged bytes become wrong weights, optimizer state or position in
-silence.
+of one tensor each. The archive's directory keeps a CRC-32 of every record, and torch.load does
+not compare it: without a check, damaged bytes would become wrong weights, optimizer state or
+position in silence.
 """
 
-import mmap as memory_map
+import bisect
 import pickle
 import re
-import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from gptlib.common import UserError, first_line
 
-ZIP_SIGNATURE = b"PK\x03\x04"  # as torch.load decides; before torch 1.6 it wrote another format
-DOS_FOLDER = 0x10  # the bit of an entry's attributes that says it is a folder
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
+ZIP_SIGNATURE = b"PK\x03\x04"  # by which torch.load tells; before torch 1.6 it wrote another format
+DOS_FOLDER = 0x10  # the bit of an entry's attributes that marks a folder
+CHUNK = 1 << 20  # bytes of a record that are read at a time
 
 
 class PickledConfig:
-    """Stands in for the GPTConfig that build-nanogpt pickles: it takes the fields and runs
-    nothing."""
+    """Takes the fields of the GPTConfig that build-nanogpt pickles, and runs nothing."""
 
     NAMES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
 
 
-class Record(NamedTuple):
-    """A record of the archive: where its bytes lie in the file, and the CRC-32 they should have."""
-
-    name: str
-    offset: int
-    size: int
-    crc: int
-
-
 def read_checkpoint_file(path, mmap=False, model_only=False):
-    """The object that was saved at `path`, its tensors in CPU memory; nothing in the file is
+    """The object that was saved at `path`, its tensors in CPU memory. Nothing in the file is
     executed.
 
-    With mmap the tensors are mapped: one is read from disk when it is first used. With model_only
-    the tensors outside of the entry "model" are not verified, and must not be used. Raises
-    UserError naming the file, and the record where one is damaged.
+    With mmap the tensors are mapped: a tensor is read from disk when it is first used. With
+    model_only the tensors outside of the entry "model" are not verified, and must not be used.
+    Raises UserError, which names the file and a damaged record.
     """
     path = Path(path)
     try:
@@ -56,7 +44,7 @@ def read_checkpoint_file(path, mmap=False, model_only=False):
         return load_without_executing(path, "cpu", mmap and is_zip)
     except UserError:
         raise
-    except Exception as error:  # torch raises something else for each kind of damage
+    except Exception as error:  # torch raises a different one for each kind of damage
         reason = describe_failure(error)
         raise UserError(f"{str(path)!r} is no checkpoint that can be read: {reason}") from error
 
@@ -86,10 +74,10 @@ def has_zip_signature(path):
 
 
 def directory_identity(path):
-    """(size, CRC-32 of the archive's directory): equal where two files hold the same records.
+    """(size, CRC-32 of the archive's directory): equal if two files hold the same records.
 
-    The directory holds the checksum of every record. None where the file is no archive or records
-    no checksums.
+    The directory holds the checksum of every record. None if the file is no archive or has no
+    checksums.
     """
     try:
         if not has_zip_signature(path):
@@ -100,7 +88,7 @@ def directory_identity(path):
             file.seek(archive.start_dir)
             directory = file.read()
             return file.tell(), zlib.crc32(directory)
-    except Exception:  # whatever is wrong with the file is reported by those who load it
+    except Exception:  # load_checkpoint reports what is wrong with the file
         return None
 
 
@@ -109,92 +97,79 @@ def directory_identity(path):
 
 
 def verify_records(path, model_only=False):
-    """Compare the records of an archive with their checksums; with model_only, of the tensors the
-    model's alone."""
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        with memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as content:
-            infos = archive.infolist()
-            records = read_directory(path, infos, content)
-            if not has_checksums(infos):
-                return
-            tensors = [record for record in records if record.name.startswith("data/")]
-            others = [record for record in records if not record.name.startswith("data/")]
-            # the structure first: it says which tensors the model has
-            verify_checksums(path, others, content)
-            if model_only:
-                tensors = select_model_records(path, tensors)
-            verify_checksums(path, tensors, content)
+    """Compare every record of an archive with its header and its checksum; with model_only, read
+    none of the tensors that the model does not use."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        for info in infos:
+            verify_record(path, archive, info, read=False)
+        if not has_checksums(infos):
+            return
+        tensors = [info for info in infos if name_of_record(info).startswith("data/")]
+        # the structure first: it says which tensors the model uses
+        for info in infos:
+            if info not in tensors:
+                verify_record(path, archive, info)
+        if model_only:
+            tensors = select_model_records(path, infos, tensors)
+        for info in tensors:
+            verify_record(path, archive, info)
 
 
 def has_checksums(infos):
-    """torch.serialization.set_crc32_options(False) writes 0 for every record: that means "not
-    recorded"."""
+    """Whether the archive has checksums: torch.serialization.set_crc32_options(False) writes 0 for
+    every record."""
     return any(info.CRC != 0 for info in infos)
 
 
-def read_directory(path, infos, content):
-    """The records of an archive. Raises UserError where the directory contradicts itself or the
-    record's own header."""
-    records, names = [], set()
-    for info in infos:
-        name = info.orig_filename
-        record_name = name.partition("/")[2]  # after the folder that all records lie in
+def name_of_record(info):
+    return info.orig_filename.partition("/")[2]  # all records lie in one folder
+
+
+def verify_record(path, archive, info, read=True):
+    """Raise UserError unless a record is what its header and the archive's directory say.
+
+    zipfile compares the two names and, when the record has been read, the checksum. It accepts
+    what the first two checks refuse: for a record that is marked as a folder torch.load returns
+    uninitialized memory, and of a compressed record it would map the compressed bytes.
+    """
+    try:
+        if info.external_attr & DOS_FOLDER:
+            raise zipfile.BadZipFile("the archive says that it is a folder")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise damaged(path, record_name, "the archive says that it is compressed")
-        if info.external_attr & DOS_FOLDER:  # torch.load would return uninitialized memory
-            raise damaged(path, record_name, "the archive says that it is a folder")
-        if name in names:
-            raise damaged(path, record_name, "the archive has two of that name")
-        names.add(name)
-
-        start = info.header_offset
-        end = start + LOCAL_HEADER.size
-        if not 0 <= start <= end <= len(content):
-            raise damaged(path, record_name, "it lies outside of the file")
-        signature, name_length, extra_length = LOCAL_HEADER.unpack(content[start:end])
-        if signature != ZIP_SIGNATURE or content[end:end + name_length] != name.encode():
-            raise damaged(path, record_name, "its header is not where the archive's directory says")
-        offset = end + name_length + extra_length
-        if offset + info.file_size > len(content):
-            raise damaged(path, record_name, "it reaches past the end of the file")
-        records.append(Record(record_name, offset, info.file_size, info.CRC))
-    return records
+            raise zipfile.BadZipFile("the archive says that it is compressed")
+        with archive.open(info) as record:
+            while read and record.read1(CHUNK):
+                pass
+    except Exception as error:  # zipfile raises a different one for each kind of damage
+        raise UserError(f"{str(path)!r} is no checkpoint that can be read: its record "
+                        f"{name_of_record(info)!r} is damaged: {first_line(error)}") from error
 
 
-def verify_checksums(path, records, content):
-    with memoryview(content) as view:
-        for record in records:
-            with view[record.offset:record.offset + record.size] as payload:
-                if zlib.crc32(payload) != record.crc:
-                    raise damaged(path, record.name, "its bytes do not match their checksum")
+def select_model_records(path, infos, tensors):
+    """Of the tensors' records those that the checkpoint's "model" uses, or all of them if torch
+    does not tell.
 
-
-def select_model_records(path, records):
-    """Of the tensors' records those that the checkpoint's "model" uses; all of them where that
-    can't be told.
-
-    On the meta device torch.load reads no tensor, and notes for each where its bytes begin in the
+    On the meta device torch.load reads no tensor, and notes where the bytes of each begin in the
     file.
     """
     checkpoint = load_without_executing(path, "meta", mmap=False)
     model = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(model, dict):
-        return records
-    by_offset = {record.offset: record for record in records if record.size > 0}
+        return tensors
+    infos = sorted(infos, key=lambda info: info.header_offset)
+    starts = [info.header_offset for info in infos]
     selected = {}
     for tensor in model.values():
         if not torch.is_tensor(tensor):
-            return records  # something nested: not a model that we know
+            return tensors  # something nested, which is no model that we know
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0:
             continue
-        record = by_offset.get(getattr(storage, "_checkpoint_offset", None))
-        if record is None or record.size != storage.nbytes():
-            return records
-        selected[record.offset] = record
+        # the record that holds these bytes is the last one that begins before them
+        offset = getattr(storage, "_checkpoint_offset", None) or 0
+        info = infos[max(bisect.bisect(starts, offset) - 1, 0)]
+        if info not in tensors or info.file_size != storage.nbytes():
+            return tensors
+        selected[info.header_offset] = info
     return list(selected.values())
-
-
-def damaged(path, record_name, reason):
-    return UserError(f"{str(path)!r} is no checkpoint that can be read: "
-                     f"its record {record_name!r} is damaged: {reason}")

@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from gptlib.checkpoints.formats import list_checkpoints
+from gptlib.checkpoints.saver import list_checkpoints
 from gptlib.common import UserError, atomic_write, import_optional, warn
 from gptlib.training.report_page import (GPT2_HELLASWAG, GPT2_VAL_LOSS, GPT3_HELLASWAG,
                                          format_report, run_seconds)

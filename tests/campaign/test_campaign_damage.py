@@ -16,7 +16,8 @@ import torch
 from campaign import scaled
 from conftest import TINY, flags, run
 
-from gptlib.checkpoints.formats import load_checkpoint, load_initial_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.start import load_start
 from gptlib.common import UserError
 from gptlib.data.shards import checksums_of, read_meta, tokens_per_byte, verify_shard
 from gptlib.data.loader import TokenLoader
@@ -63,8 +64,9 @@ def insert(data, begin, end, rng):
 
 def swap(data, begin, end, rng):
     """Exchange the two halves of a piece, as a disk that writes blocks to each other's places."""
-    n = (end - begin) // 2
-    return data[:begin] + data[begin + n:begin + 2 * n] + data[begin:begin + n] + data[begin + 2 * n:]
+    middle = (begin + end) // 2
+    end = 2 * middle - begin
+    return data[:begin] + data[middle:end] + data[begin:middle] + data[end:]
 
 
 def overwrite(data, begin, end, rng):
@@ -137,7 +139,7 @@ def damages(data, parts, count, rng):
 
 def test_damaged_checkpoints(tmp_path, trained, rng, progress):
     """Guards against wrong weights, optimizer or position without a word; and against
-    --auto_resume that gives up where the checkpoint before would do."""
+    --auto_resume that gives up although the checkpoint before would do."""
     newest, before = trained / "model_00012.pt", trained / "model_00008.pt"
     data = newest.read_bytes()
     whole, older = flatten(load_checkpoint(newest)), flatten(load_checkpoint(before))
@@ -163,12 +165,13 @@ def test_damaged_checkpoints(tmp_path, trained, rng, progress):
             assert wrong == [], what
         n_refused, n_harmless = n_refused + (refused > 0), n_harmless + (refused == 0)
         if i % 10 == 0:
-            found = load_initial_checkpoint(dict(auto_resume=True, log_dir=trained), World())
-            found = flatten(found["model"], "/model") | {"/step": repr(found["step"])}
+            start = load_start(dict(auto_resume=True, log_dir=trained), World(), known=())
+            found = flatten(start.checkpoint["model"], "/model") | {"/step": repr(start.step)}
             expected = [{name: value[name] for name in found} for value in (whole, older)]
             assert found in expected, f"--auto_resume after {kind} in {part}"
-    progress.tell(f"{n_refused + n_harmless} damaged checkpoints ({len(KINDS)} kinds at {len(parts)} "
-                  f"parts of the file): {n_refused} refused, {n_harmless} read as if whole, none wrong")
+    progress.tell(f"{n_refused + n_harmless} damaged checkpoints ({len(KINDS)} kinds at "
+                  f"{len(parts)} parts of the file): {n_refused} refused, {n_harmless} read as if "
+                  "whole, none wrong")
 
 
 # -----------------------------------------------------------------------------
@@ -220,12 +223,12 @@ def test_damaged_shards(tmp_path, dataset, rng, progress):
         n_refused += 1
         path.write_bytes(data)
     assert read_all(dataset) == whole
-    progress.tell(f"{n_refused} damaged shards ({len(KINDS)} kinds, header and tokens): all refused, "
-                  "by --verify and in training")
+    progress.tell(f"{n_refused} damaged shards ({len(KINDS)} kinds, header and tokens): all "
+                  "refused, by --verify and in training")
 
 
 def test_damaged_files_beside_the_shards(dataset, rng, progress):
-    """Guards against a traceback where meta.json or tokenizer.tiktoken is damaged: they have no
+    """Guards against a traceback if meta.json or tokenizer.tiktoken is damaged: they have no
     checksum, but what cannot be read has to be said in a line."""
     count, n_refused, n_read = scaled(1000), 0, 0
     for i in progress(range(count), "meta.json and tokenizer.tiktoken"):
@@ -242,5 +245,5 @@ def test_damaged_files_beside_the_shards(dataset, rng, progress):
             n_refused += 1
             assert "\n" not in str(error)
         path.write_bytes(data)
-    progress.tell(f"{count} damaged meta.json and tokenizer.tiktoken: {n_refused} refused in a line, "
-                  f"{n_read} read, no traceback")
+    progress.tell(f"{count} damaged meta.json and tokenizer.tiktoken: {n_refused} refused in a "
+                  f"line, {n_read} read, no traceback")

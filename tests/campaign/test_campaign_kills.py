@@ -18,7 +18,8 @@ from campaign import children, fault, finish, kill_all, scaled, start, wait_unti
 from conftest import TINY, command, flags, read_log
 from corpus import contents, some_documents, write_jsonl
 
-from gptlib.checkpoints.formats import list_checkpoints, load_checkpoint, save_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.saver import list_checkpoints, save_checkpoint
 
 pytestmark = [*campaign.marks, pytest.mark.usefixtures("no_leftovers")]
 rng, progress, no_leftovers = campaign.rng, campaign.progress, campaign.no_leftovers

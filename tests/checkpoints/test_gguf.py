@@ -1,4 +1,4 @@
-"""GPT-2 as a GGUF file, read back by gguf, transformers and, where it is installed, llama.cpp itself.
+"""GPT-2 as a GGUF file, read back by gguf, transformers and, if it is installed, llama.cpp.
 
     python -m pytest tests/checkpoints/test_gguf.py
     pip install llama-cpp-python  # compiles for ten minutes: the tests with llama.cpp run with it
@@ -23,12 +23,16 @@ from gptlib.checkpoints.gguf import DTYPES, derive_merges, dtype_from_name, expo
 from gptlib.data.tokenizer import BYTE_OF, EOT, make_encoding, train_bpe
 from train_gpt2 import GPT, GPTConfig
 
-TEXT = "The cats aren't on the mats; we'll see 1234 of them, naïve 日本語 🙂🙂.\n\n  def f(x):\n\treturn x\n"
-HOSTILE = ["", " ", "  ", "\n", " \n\n  a", "a  \u3000 b", "don't I'LL we've 'sample", "x\u0000y", "\r\n\t \t", EOT,
-           "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦",
+TEXT = ("The cats aren't on the mats; we'll see 1234 of them, naïve 日本語 🙂🙂.\n\n"
+        "  def f(x):\n\treturn x\n")
+HOSTILE = ["", " ", "  ", "\n", " \n\n  a", "a  \u3000 b", "don't I'LL we've 'sample", "x\u0000y",
+           "\r\n\t \t", EOT, "naïve e\u0301 ½ ² Ⅷ 日本語のカタカナー中文", "🙂🙂👩‍👩‍👧‍👦",
            "١٢٣ क्षि ไทย", "\u00a0\u0085\u2028 x",
-           "\ufeffx\u200by", "a" * 300, " " * 70 + "x", "-" * 99, "\U000e0041\u0378\ue000\U0010ffff",
+           "\ufeffx\u200by", "a" * 300, " " * 70 + "x", "-" * 99,
+           "\U000e0041\u0378\ue000\U0010ffff",
            "</s><|im_end|> <0x0A>", TEXT * 3]
+
+INSTALL = "pip install llama-cpp-python (compiles for ten minutes)"
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +47,12 @@ def bpe():
 
 
 def make_model(tokenizer, bias=True, std=0.3, n_embd=32, gelu="tanh"):
-    """A model with random weights that f16 can hold exactly, and padded rows that would be drawn if they were kept."""
+    """A model with random weights that f16 holds exactly, and padded rows that would be drawn if
+    they were kept."""
     torch.manual_seed(0)
     n_rows = -(-tokenizer.n_vocab // 64) * 64
-    model = GPT(GPTConfig(128, n_rows, 2, 2, n_embd, bias=bias, gelu=gelu)).eval().requires_grad_(False)
+    model = GPT(GPTConfig(128, n_rows, 2, 2, n_embd, bias=bias, gelu=gelu))
+    model.eval().requires_grad_(False)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std)
         p.copy_(p.half())
@@ -65,10 +71,11 @@ def read_tensors(path):
 
 
 def transformers_logits(path, model, n_vocab, idx):
-    """The logits of transformers' GPT-2 with the weights that transformers' own reader finds in the file."""
+    """The logits of transformers' GPT-2 with the weights that its own reader finds in the file."""
     c = model.config
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)).eval()
+        vocab_size=n_vocab, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head)).eval()
     tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=hf)["tensors"]
     missing = hf.load_state_dict(tensors, strict=False).missing_keys
     assert missing == ["lm_head.weight"], "all but the head, which is the embedding, is in the file"
@@ -78,7 +85,7 @@ def transformers_logits(path, model, n_vocab, idx):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [("f16", 1e-6), ("bf16", 2**-8), ("q8_0", 0.02)])
 def test_every_tensor_is_in_the_file(tmp_path, bpe, dtype, tolerance, bias):
-    """A tensor under another's name, transposed, left out, or with padded rows."""
+    """Guards against a tensor under another's name, transposed, left out, or with padded rows."""
     model = make_model(bpe, bias)
     found = read_tensors(export(model, bpe, tmp_path / "m.gguf", dtype))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
@@ -87,19 +94,22 @@ def test_every_tensor_is_in_the_file(tmp_path, bpe, dtype, tolerance, bias):
     for key, weight in state.items():
         values = found.pop(names.get_name(key, try_suffixes=(".weight", ".bias")))
         assert values.shape == tuple(weight.shape), key
-        np.testing.assert_allclose(values, weight, rtol=tolerance, atol=0.5 * tolerance, err_msg=key)
+        np.testing.assert_allclose(values, weight, rtol=tolerance, atol=0.5 * tolerance,
+                                   err_msg=key)
     assert all(name.endswith(".bias") for name in found), "nothing else but biases"
     assert len(found) == (0 if bias else 2 * 6 + 1), "zeros for the biases the model lacks"
     assert not any(values.any() for values in found.values())
 
 
 def test_the_header_describes_model_and_tokenizer(tmp_path, bpe):
-    """A wrong hyperparameter, which llama.cpp computes with, or a special token that it does not stop at."""
+    """Guards against a wrong hyperparameter, which llama.cpp computes with, or a special token that
+    it does not stop at."""
     fields = gguf.GGUFReader(export(make_model(bpe), bpe, tmp_path / "m.gguf")).fields
     expected = {
         "general.architecture": "gpt2", "gpt2.context_length": 128, "gpt2.embedding_length": 32,
         "gpt2.feed_forward_length": 128, "gpt2.block_count": 2, "gpt2.attention.head_count": 2,
-        "gpt2.vocab_size": bpe.n_vocab, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "gpt2.vocab_size": bpe.n_vocab,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.bos_token_id": bpe.eot_token, "tokenizer.ggml.eos_token_id": bpe.eot_token,
         "tokenizer.ggml.add_bos_token": False}
     assert {key: fields[key].contents() for key in expected} == expected
@@ -115,12 +125,14 @@ def test_the_header_describes_model_and_tokenizer(tmp_path, bpe):
 
 @pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
 def test_merges_of_the_file_give_the_same_ids(request, tmp_path, vocabulary):
-    """Merges in another order, or too few: Hugging Face's BPE with those of the file makes tiktoken's ids."""
+    """Guards against merges in another order, or too few: Hugging Face's BPE with those of the file
+    makes tiktoken's ids."""
     enc = request.getfixturevalue(vocabulary)
     fields = gguf.GGUFReader(export(make_model(enc), enc, tmp_path / "m.gguf")).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert len(merges) == enc.n_vocab - 257
     for text in HOSTILE:
@@ -129,7 +141,8 @@ def test_merges_of_the_file_give_the_same_ids(request, tmp_path, vocabulary):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_computes_the_same_logits(tmp_path, bpe, bias):
-    """Weights that are all there and yet mean another function: queries for keys, a layer for the next."""
+    """Guards against weights that are all there and yet mean another function: queries for keys, a
+    layer for the next."""
     model = make_model(bpe, bias)
     path = export(model, bpe, tmp_path / "m.gguf")
     idx = torch.randint(bpe.n_vocab, (2, 64))
@@ -138,7 +151,7 @@ def test_transformers_computes_the_same_logits(tmp_path, bpe, bias):
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_f16(tmp_path, bpe):
-    """q8_0 has blocks of 32 weights: a width of 40 would end the export with an error of numpy."""
+    """Guards against an error of numpy for a width of 40: q8_0 has blocks of 32 weights."""
     model = make_model(bpe, n_embd=40)
     tensors = gguf.GGUFReader(export(model, bpe, tmp_path / "m.gguf", "q8_0")).tensors
     types = {t.name: t.tensor_type.name for t in tensors}
@@ -147,7 +160,8 @@ def test_rows_that_do_not_divide_into_blocks_stay_f16(tmp_path, bpe):
 
 
 def test_what_llama_cpp_would_run_otherwise_is_refused(tmp_path, bpe):
-    """A file that loads everywhere, and splits text or computes other than the model it was made of."""
+    """Guards against a file that loads everywhere, and splits text or computes other than its
+    model."""
     path = tmp_path / "m.gguf"
     ours = make_encoding("bpe", bpe._mergeable_ranks)
     with pytest.raises(UserError, match="--tokenizer bpe --pattern gpt2"):
@@ -167,7 +181,8 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(tmp_path, bpe):
 
 
 def test_a_token_out_of_reach_of_merges_is_refused():
-    """tiktoken finds a token that is a whole word even if no merges lead to it, llama.cpp does not."""
+    """Guards against a token that llama.cpp never makes: tiktoken finds one that is a whole word
+    even if no merges lead to it."""
     ranks = {bytes([i]): i for i in range(256)}
     assert derive_merges({**ranks, b"ab": 256, b"abc": 257}) == [(b"a", b"b"), (b"ab", b"c")]
     with pytest.raises(UserError, match="b'xyz'"):
@@ -179,7 +194,7 @@ def test_a_token_out_of_reach_of_merges_is_refused():
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, bpe):
-    """A truncated file under the final name, or a temporary one left behind."""
+    """Guards against a truncated file under the final name, or a temporary one left behind."""
     model, path = make_model(bpe), tmp_path / "m.gguf"
     size = export(model, bpe, path).stat().st_size
     path.unlink()
@@ -197,8 +212,9 @@ def test_a_full_disk_leaves_nothing(tmp_path, bpe):
 
 
 def test_the_file_name_tells_the_dtype():
-    """model-q8_0.gguf that holds f16."""
-    names = {"m.gguf": "f16", "m-q8_0.gguf": "q8_0", "a/m.BF16.gguf": "bf16", "gpt2-f16.gguf": "f16"}
+    """Guards against a model-q8_0.gguf that holds f16."""
+    names = {"m.gguf": "f16", "m-q8_0.gguf": "q8_0", "a/m.BF16.gguf": "bf16",
+             "gpt2-f16.gguf": "f16"}
     assert {name: dtype_from_name(name) for name in names} == names
     with pytest.raises(UserError, match="llama-quantize"):
         dtype_from_name("m-Q4_K_M.gguf")
@@ -207,8 +223,9 @@ def test_the_file_name_tells_the_dtype():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
 def test_llama_cpp_makes_the_same_ids_and_text(request, tmp_path, vocabulary, dtype):
-    """Whatever the readers above don't see: llama.cpp's own pre-tokenizer, special tokens and graph."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles for ten minutes)")
+    """Guards against what the readers above don't see: llama.cpp's own pre-tokenizer, special
+    tokens and graph."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason=INSTALL)
     enc = request.getfixturevalue(vocabulary)
     model = make_model(enc, std=0.1, n_embd=64)
     path = export(model, enc, tmp_path / "m.gguf", dtype)
@@ -239,7 +256,7 @@ def test_llama_cpp_makes_the_same_ids_and_text(request, tmp_path, vocabulary, dt
 
 
 def train_on_text(model, enc, steps=60):
-    """Have the model learn TEXT, so that its likeliest token is likelier than any other by far."""
+    """Train the model on TEXT, so that its likeliest token is likelier than any other by far."""
     tokens = torch.tensor(enc.encode_ordinary(TEXT * 4))[:129]
     for p in model.parameters():
         p.requires_grad_(True)
@@ -255,8 +272,9 @@ def train_on_text(model, enc, steps=60):
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
 @pytest.mark.parametrize("vocabulary", ["bpe", "gpt2"])
 def test_llama_cpp_writes_the_same_100_tokens(request, tmp_path, vocabulary, dtype):
-    """What tokens that are given can't show: llama.cpp's cache, its own sampling, where it stops."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python (compiles for ten minutes)")
+    """Guards against what given tokens can't show: llama.cpp's cache, its sampling, where it stops.
+    """
+    llama_cpp = pytest.importorskip("llama_cpp", reason=INSTALL)
     enc = request.getfixturevalue(vocabulary)
     model = train_on_text(make_model(enc, std=0.02, n_embd=64), enc)
     path = export(model, enc, tmp_path / "m.gguf", dtype)

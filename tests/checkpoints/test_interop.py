@@ -1,8 +1,8 @@
-"""Models that come from elsewhere and go elsewhere, through every script, against the other side's
-own code.
+"""Models of other programs go through every script, and are compared with those programs' code.
 
     python -m pytest tests/checkpoints/test_interop.py
-    git clone https://github.com/karpathy/nanoGPT && git clone https://github.com/karpathy/build-nanogpt
+    git clone https://github.com/karpathy/nanoGPT
+    git clone https://github.com/karpathy/build-nanogpt
     NANOGPT=nanoGPT BUILD_NANOGPT=build-nanogpt \
         python -m pytest tests/checkpoints/test_interop.py  # against their code as well
 """
@@ -22,14 +22,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, english, flags, read_log, run, write_dataset
-from interop_helpers import (WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face, main_of)
+from interop_helpers import (SIZES, WHAT, WHEN, WHERE, WHO, chinese, greedy, hugging_face,
+                             main_of)
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import fineweb
 import hellaswag
 import train_gpt2
-from corpus import make_dataset
+from fineweb import prepare
 from gptlib.common import UserError
 from gptlib.data.shards import read_meta
 from gptlib.data.tokenizer import EOT, find_tokenizer, load_tokenizer, tokenizer_to_dict
@@ -39,7 +40,8 @@ from train_gpt2 import GPT, GPTConfig
 from gptlib.data.shards import list_shards
 from gptlib.data.tokenizer import train_bpe
 
-SHAPELESS = {k: v for k, v in TINY.items() if not k.startswith("n_")}  # the shape is that of the model to begin with
+# the shape is that of the model to start from
+SHAPELESS = {k: v for k, v in TINY.items() if not k.startswith("n_")}
 
 
 # -----------------------------------------------------------------------------
@@ -58,16 +60,21 @@ def write_in_their_layout(kind, path, monkeypatch):
     bias, n_vocab = kind != "nanoGPT, no bias", 50257 if kind == "nanoGPT, bias" else 50304
     hf = hugging_face(n_vocab, "gelu_new" if kind == "build-nanogpt" else "gelu", bias)
     conv = {f"{name}.weight" for name, module in hf.named_modules() if isinstance(module, Conv1D)}
-    state = {k: v.t().contiguous() if k in conv else v for k, v in hf.state_dict().items() if bias or "bias" not in k}
+    state = {k: v.t().contiguous() if k in conv else v
+             for k, v in hf.state_dict().items() if bias or "bias" not in k}
     sizes = dict(block_size=32, vocab_size=n_vocab, n_layer=2, n_head=2, n_embd=32)
     if kind == "build-nanogpt":
         config = dataclasses.make_dataclass("GPTConfig", [(k, int, v) for k, v in sizes.items()])
         as_main(monkeypatch, config)
-        contents = {"model": {f"module.{k}": v for k, v in state.items()}, "config": config(), "step": 1, "val_loss": 9.9}
+        state = {f"module.{k}": v for k, v in state.items()}
+        contents = {"model": state, "config": config(), "step": 1, "val_loss": 9.9}
     else:
-        state["transformer.h.0.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)  # the mask of old versions
-        contents = {"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "optimizer": {"state": {}, "param_groups": []},
-                    "model_args": {**sizes, "bias": bias, "dropout": 0.2}, "iter_num": 2, "best_val_loss": torch.tensor(9.9),
+        # the mask of old versions
+        state["transformer.h.0.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+        contents = {"model": {f"_orig_mod.{k}": v for k, v in state.items()},
+                    "optimizer": {"state": {}, "param_groups": []},
+                    "model_args": {**sizes, "bias": bias, "dropout": 0.2},
+                    "iter_num": 2, "best_val_loss": torch.tensor(9.9),
                     "config": {"out_dir": "out", "n_layer": 99, "compile": True}}
     torch.save(contents, path)
     return lambda idx: hf(idx).logits
@@ -80,12 +87,14 @@ def write_by_build_nanogpt(path, monkeypatch):
         tree = ast.parse(f.read())
     theirs = types.ModuleType("build_nanogpt")
     monkeypatch.setitem(sys.modules, "build_nanogpt", theirs)  # dataclasses look there
-    body = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.Import) or isinstance(node, ast.ImportFrom)
-            and node.module != "hellaswag"]
+    kinds = ast.ClassDef | ast.Import | ast.ImportFrom
+    body = [node for node in tree.body
+            if isinstance(node, kinds) and getattr(node, "module", "") != "hellaswag"]
     exec(compile(ast.Module(body, []), "train_gpt2.py", "exec"), theirs.__dict__)
     as_main(monkeypatch, theirs.GPTConfig)
     torch.manual_seed(0)
-    model = theirs.GPT(theirs.GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
+    sizes = dict(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=32)
+    model = theirs.GPT(theirs.GPTConfig(**sizes))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     made = next(node for node in ast.walk(tree) if isinstance(node, ast.Assign)
@@ -102,12 +111,15 @@ def write_by_nanogpt(bias, path, folder):
     for name in ("train.bin", "val.bin"):
         np.random.default_rng(0).integers(50257, size=500).astype(np.uint16).tofile(folder / name)
     done = subprocess.run(
-        [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}", f"--bias={bias}", "--n_layer=2",
-         "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2", "--gradient_accumulation_steps=1",
-         "--max_iters=2", "--eval_iters=1", "--eval_interval=2", "--device=cpu", "--dtype=float32", "--compile=False"],
-        cwd=checkout, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, text=True, capture_output=True)
+        [sys.executable, "train.py", f"--dataset={folder}", f"--out_dir={folder}", f"--bias={bias}",
+         "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=2",
+         "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_iters=1", "--eval_interval=2",
+         "--device=cpu", "--dtype=float32", "--compile=False"],
+        cwd=checkout, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, text=True,
+        capture_output=True)
     assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(checkout, "model.py"))
+    path_of_model = os.path.join(checkout, "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path_of_model)
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     saved = torch.load(folder / "ckpt.pt", weights_only=False)  # as nanoGPT does it
@@ -120,8 +132,9 @@ def write_by_nanogpt(bias, path, folder):
     return lambda idx: model(idx, idx)[0]
 
 
-@pytest.fixture(scope="module", params=["build-nanogpt", "nanoGPT, bias", "nanoGPT, no bias", "BUILD_NANOGPT",
-                                        "NANOGPT, bias", "NANOGPT, no bias"])
+@pytest.fixture(scope="module", params=[
+    "build-nanogpt", "nanoGPT, bias", "nanoGPT, no bias",
+    "BUILD_NANOGPT", "NANOGPT, bias", "NANOGPT, no bias"])
 def foreign(request, tmp_path_factory):
     """A checkpoint in another program's layout, and what its model computes; in capitals: by that
     program's own code."""
@@ -137,11 +150,12 @@ def foreign(request, tmp_path_factory):
             logits_of = write_by_nanogpt(kind == "NANOGPT, bias", path, folder)
         else:
             logits_of = write_in_their_layout(kind, path, monkeypatch)
-    return path, torch.no_grad()(logits_of), "no bias" not in kind, "none" if kind.lower().startswith("nano") else "tanh"
+    gelu = "none" if kind.lower().startswith("nano") else "tanh"
+    return path, torch.no_grad()(logits_of), "no bias" not in kind, gelu
 
 
 def test_the_logits_of_a_foreign_checkpoint(foreign):
-    """Another layout, GELU or missing biases would give other logits in silence."""
+    """Guards against another layout, GELU or missing biases that give other logits in silence."""
     path, logits_of, bias, gelu = foreign
     model = GPT.from_checkpoint(load_checkpoint(path), dropout=0.0).eval()
     assert (model.config.bias, model.config.gelu) == (bias, gelu)
@@ -150,8 +164,8 @@ def test_the_logits_of_a_foreign_checkpoint(foreign):
 
 
 def test_inference_on_a_foreign_checkpoint(foreign, gpt2):
-    """A checkpoint without a tokenizer has to be sampled with GPT-2's, as the other program
-    does."""
+    """Guards against sampling a checkpoint without a tokenizer with another one than GPT-2's, as
+    the other program does."""
     path, logits_of, *_ = foreign
     model = load_model_from_checkpoint(path, "cpu", "float32")
     prompt = "Hello, I'm a language model,"
@@ -160,12 +174,14 @@ def test_inference_on_a_foreign_checkpoint(foreign, gpt2):
 
 
 def test_hellaswag_on_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch, capsys):
-    """The accuracies have to be those of losses that the other program's own logits give."""
+    """Guards against accuracies other than those of the other program's own logits."""
     path, logits_of, *_ = foreign
-    rng, words = random.Random(0), "the cat sat on a mat and ran home over wet roof with dogs".split()
+    rng = random.Random(0)
+    words = "the cat sat on a mat and ran home over wet roof with dogs".split()
     examples, right = [], 0
     for _ in range(8):
-        ctx, *endings = (" ".join(rng.choices(words, k=k)) for k in (9, *rng.choices(range(1, 12), k=4)))
+        lengths = (9, *rng.choices(range(1, 12), k=4))
+        ctx, *endings = (" ".join(rng.choices(words, k=k)) for k in lengths)
         sums, means = [], []
         for ending in endings:  # each by itself, its losses read from whole logits
             a, b = gpt2.encode_ordinary(ctx), gpt2.encode_ordinary(" " + ending)
@@ -176,13 +192,14 @@ def test_hellaswag_on_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch,
         right += sums.index(min(sums)) == label
         examples.append({"ctx": ctx, "endings": endings, "label": label})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
-    main_of(monkeypatch, hellaswag, "--checkpoint_path", path, "--data", tmp_path / "data.jsonl", "--device", "cpu")
+    main_of(monkeypatch, hellaswag, "--checkpoint_path", path, "--data", tmp_path / "data.jsonl",
+            "--device", "cpu")
     assert capsys.readouterr().out == f"8 examples, acc: {right / 8:.4f}, acc_norm: 1.0000\n"
 
 
 def test_training_from_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch):
-    """Fine-tuning with a shorter context: the first loss is the other program's, and a step of
-    rate 0 keeps the weights."""
+    """Guards against fine-tuning, with a shorter context, from other weights: the first loss is the
+    other program's, and a step of rate 0 keeps the weights."""
     path, logits_of, bias, gelu = foreign
     rng = np.random.default_rng(0)
     tokens = {split: rng.integers(50257, size=800).astype(np.uint16) for split in ("train", "val")}
@@ -201,51 +218,14 @@ def test_training_from_a_foreign_checkpoint(foreign, gpt2, tmp_path, monkeypatch
     torch.testing.assert_close(model(idx)[0], logits_of(idx), rtol=1e-4, atol=1e-4)
 
 
-SIZES = dict(block_size=8, vocab_size=61, n_layer=1, n_head=1, n_embd=8)
-
-
-class Evil:
-    """A pickle that makes a directory when it is loaded the way pickles are."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("where", ["config", "model_args", "model", "tokenizer", "hugging face"])
-def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, data_root):
-    """A pickle can run any code when it is loaded: no script may load it, wherever in the file it
-    hides."""
-    owned, evil = tmp_path / "owned", tmp_path / "evil.pt"
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.",
+                                    "_orig_mod.module."])
+def test_all_prefixes_of_ddp_and_compile(tmp_path, prefix):
+    """Guards against refusing a model that was saved from inside DDP or torch.compile."""
     model = GPT(GPTConfig(**SIZES))
-    contents = {"model": model.state_dict(), "config": SIZES, where: Evil(owned)}
-    if where == "hugging face":
-        evil = tmp_path / "evil"
-        hugging_face().save_pretrained(evil)
-        (evil / "model.safetensors").unlink()
-        torch.save(Evil(owned), evil / "pytorch_model.bin")
-    else:
-        torch.save(contents, evil)
-    monkeypatch.chdir(tmp_path)
-    attempts = [lambda: load_model_from_checkpoint(evil), lambda: GPT.from_pretrained(evil),
-                lambda: main_of(monkeypatch, hellaswag, "--checkpoint_path", evil),
-                lambda: main_of(monkeypatch, train_gpt2, "--init_from", evil, "--data_root", data_root)]
-    if where != "hugging face":  # there the tokenizer is not in the file
-        (tmp_path / "a.txt").write_text("text")
-        attempts.append(lambda: make_dataset(tmp_path / "new", files="a.txt", tokenizer=str(evil)))
-    for attempt in attempts:
-        with pytest.raises(UserError, match="can be read|could be loaded") as error:
-            attempt()
-        assert "\n" not in str(error.value)
-        assert not owned.exists()
-        if str(error.value).startswith(f"'{evil}' is no checkpoint"):
-            assert "it asks for posix.mkdir to be run, which is refused" in str(error.value)
-    if where != "hugging face":  # without the guard it would have run
-        with contextlib.suppress(Exception):
-            torch.load(evil, weights_only=False)
-        assert owned.exists()
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": state, "config": SIZES}, tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt")["model"].keys() == model.state_dict().keys()
 
 
 # -----------------------------------------------------------------------------
@@ -253,8 +233,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, where, dat
 
 
 def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpoint):
-    """Fine-tuning needs shards with the model's own token ids, whatever the tokenizer is taken
-    from."""
+    """Guards against shards for fine-tuning with other token ids than the model's own, whatever
+    the tokenizer is taken from."""
     text = fineweb.__doc__ * 30
     (tmp_path / "a.txt").write_text(text)
     load_model_from_checkpoint(checkpoint, "cpu").save_pretrained(tmp_path / "hf")
@@ -264,24 +244,25 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpo
     shards = []
     for i, source in enumerate((checkpoint, tmp_path / "hf", tmp_path / "dataset")):
         root = tmp_path / f"data{i}"
-        meta = make_dataset(root, files=tmp_path / "a.txt", tokenizer=str(source))
+        meta = prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source))
         assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700)
         assert find_tokenizer(root) == tokenizer_to_dict(bpe)
         train, val = (np.load(list_shards(root, split)[0]) for split in ("train", "val"))
         assert bpe.decode(np.concatenate((train, val))) == EOT + text
         shards.append(train.tolist())
         checkpoint.unlink(missing_ok=True)  # once prepared, the directory needs nothing else
-        assert make_dataset(root, files=tmp_path / "a.txt", tokenizer=str(source)) == meta
+        assert prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source)) == meta
     assert shards[0] == shards[1]
     assert shards[1] == shards[2]
     with pytest.raises(UserError, match="no tokenizer in .*nowhere"):
-        make_dataset(tmp_path / "data9", files=tmp_path / "a.txt", tokenizer=str(tmp_path / "nowhere"))
+        prepare(tmp_path / "data9", "files", files=str(tmp_path / "a.txt"),
+                tokenizer=str(tmp_path / "nowhere"))
     assert not (tmp_path / "data9").exists()
 
 
 def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
-    """The two commands of the README: prepare with the model's tokenizer, train from its
-    weights."""
+    """Guards against the README's two commands that do not fit together: prepare with the model's
+    tokenizer, train from its weights."""
     (tmp_path / "a.txt").write_text(fineweb.__doc__ * 30)
     model = GPT(GPTConfig(64, 704, 2, 2, 32))
     model.save_pretrained(tmp_path / "hf", bpe)
@@ -293,35 +274,42 @@ def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
     val = {step: float(loss) for step, loss in read_log(tmp_path / "log")["val"].items()}
     assert val[0] == pytest.approx(np.log(700), abs=0.2)
     assert val[30] < 4.5
-    assert load_checkpoint(tmp_path / "log" / "latest_checkpoint.pt")["tokenizer"] == tokenizer_to_dict(bpe)
+    tuned = load_checkpoint(tmp_path / "log" / "latest_checkpoint.pt")
+    assert tuned["tokenizer"] == tokenizer_to_dict(bpe)
     wrong = write_dataset(tmp_path / "bytes", [english(900)], [english(300)])
-    with pytest.raises(UserError, match=r"is not the checkpoint's \(bpe\).* fineweb.py --tokenizer THE_CHECKPOINT"):
-        main_of(monkeypatch, train_gpt2, "--init_from", tmp_path / "hf", "--data_root", wrong, *flags(**SHAPELESS))
+    expected = r"is not the checkpoint's \(bpe\).* fineweb.py --tokenizer THE_CHECKPOINT"
+    with pytest.raises(UserError, match=expected):
+        main_of(monkeypatch, train_gpt2, "--init_from", tmp_path / "hf", "--data_root", wrong,
+                *flags(**SHAPELESS))
 
 
 # -----------------------------------------------------------------------------
 # a language of one's own
 
 def test_a_folder_of_chinese_becomes_a_model(tmp_path):
-    """The README's recipe for any language, text -> tokenizer -> shards -> model, has to give
-    whole characters of it."""
+    """Guards against a recipe for any language (text, tokenizer, shards, model) whose samples are
+    no whole characters of it."""
     files = {"书/春.txt": chinese(250, 1), "书/旧/夏.md": chinese(150, 2), "书/秋.txt": chinese(100, 3)}
     texts = {}
     for name, sentences in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         texts[name] = "".join(sentences)
         (tmp_path / name).write_text(texts[name], encoding="utf-8")
-    settings = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, total_batch_size=512, batch_size=16, max_steps=120,
-                    warmup_steps=10, max_lr=1e-2, optimizer="muon", num_samples=2, sample_length=24, sample_temperature=0.8)
-    for args in (["fineweb.py", "--files", "书/**/*.*", "--tokenizer", "bpe", "--vocab_size", 600, "--data_root", "data"],
-                 ["train_gpt2.py", "--preset", "demo", "--data_root", "data", "--sample_prompt", "春天来了，",
+    settings = dict(n_layer=2, n_head=2, n_embd=64, block_size=32, total_batch_size=512,
+                    batch_size=16, max_steps=120, warmup_steps=10, max_lr=1e-2, optimizer="muon",
+                    num_samples=2, sample_length=24, sample_temperature=0.8)
+    for args in (["fineweb.py", "--files", "书/**/*.*", "--tokenizer", "bpe",
+                  "--vocab_size", 600, "--data_root", "data"],
+                 ["train_gpt2.py", "--preset", "demo", "--data_root", "data",
+                  "--sample_prompt", "春天来了，",
                   *flags(**settings, device="cpu")],
-                 ["inference.py", "--prompt", "奶奶", "--max_length", 40, "--top_k", 5, "--seed", 1, "--num_samples", 3,
-                  "--device=cpu", "--dtype=float32"]):
+                 ["inference.py", "--prompt", "奶奶", "--max_length", 40, "--top_k", 5,
+                  "--seed", 1, "--num_samples", 3, "--device=cpu", "--dtype=float32"]):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         if args[0] == "train_gpt2.py":
-            said = [line.removeprefix("sample: ") for line in done.stdout.splitlines() if line.startswith("sample: ")]
+            said = [line.removeprefix("sample: ") for line in done.stdout.splitlines()
+                    if line.startswith("sample: ")]
     assert len(said) == 2
     assert all(text.startswith("春天来了，") for text in said)
 

@@ -1,25 +1,27 @@
-"""Stopped, killed, truncated, out of disk: a run continues as if nothing had happened.
+"""A run that was stopped, killed or out of disk continues as if nothing had happened.
 
     python -m pytest tests/checkpoints/test_resume.py
 """
 
-import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, english, flags, read_log, run, start, write_dataset
-from gptlib.checkpoints.formats import save_checkpoint
+from conftest import ROOT, TINY, english, environment, flags, read_log, run, start, write_dataset
+from interop_helpers import main_of
 
 import train_gpt2
+from gptlib.checkpoints.saver import save_checkpoint
+from gptlib.common import UserError
 
 # long enough to be stopped half-way, with dropout's random numbers in every step
-LONG = {**TINY, "max_steps": 60, "checkpoint_interval": 7, "eval_interval": 10, "dropout": 0.2, "total_batch_size": 512,
-        "n_layer": 4, "n_embd": 64}
+LONG = {**TINY, "max_steps": 60, "checkpoint_interval": 7, "eval_interval": 10, "dropout": 0.2,
+        "total_batch_size": 512, "n_layer": 4, "n_embd": 64}
 
 
 def weights(path):
@@ -30,7 +32,8 @@ def weights(path):
 def assert_same_run(log_dir, reference_dir, last):
     """Equal log.txt and equal weights at step `last`, bit for bit."""
     assert read_log(log_dir) == read_log(reference_dir)
-    ours, theirs = weights(log_dir / f"model_{last:05d}.pt"), weights(reference_dir / f"model_{last:05d}.pt")
+    name = f"model_{last:05d}.pt"
+    ours, theirs = weights(log_dir / name), weights(reference_dir / name)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
@@ -77,15 +80,16 @@ def references(tmp_path_factory):
 
 
 def test_a_checkpoint_is_written_while_training_continues(tmp_path, references, monkeypatch):
-    """A slow disk must not stop training, and training must not change what is being written."""
+    """Guards against training that waits for a slow disk, and changes what is being written."""
     settings = {**LONG, "max_steps": 20}
     expected = references(**settings)
     save, threads = save_checkpoint, torch.get_num_threads()
 
     def slow_save(log_dir, state, keep):
-        """The disk takes five steps for the first one."""
+        """Writing takes five steps for the first one."""
         for _ in range(6000):
-            if state["step"] > 7 or "\n12 train" in (tmp_path / "log" / "log.txt").read_text():
+            log = (tmp_path / "log" / "log.txt").read_text()
+            if state["step"] > 7 or "\n12 train" in log:
                 return save(log_dir, state, keep)
             time.sleep(0.01)
         raise AssertionError("training waits for the checkpoint")
@@ -93,22 +97,25 @@ def test_a_checkpoint_is_written_while_training_continues(tmp_path, references, 
     monkeypatch.setattr("gptlib.checkpoints.saver.save_checkpoint", slow_save)
     try:
         torch.set_num_threads(1)  # as in the run to compare with
-        cfg = train_gpt2.TrainConfig(**settings, data_root=str(references.data), log_dir=str(tmp_path / "log"))
-        train_gpt2.train(cfg, None)
+        cfg = train_gpt2.TrainConfig(**settings, data_root=str(references.data),
+                                     log_dir=str(tmp_path / "log"))
+        train_gpt2.train(cfg)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
     for step in (7, 14, 20):
-        ours, theirs = (torch.load(p / f"model_{step:05d}.pt", weights_only=True) for p in (tmp_path / "log", expected))
+        ours, theirs = (torch.load(folder / f"model_{step:05d}.pt", weights_only=True)
+                        for folder in (tmp_path / "log", expected))
         for part in ("model", "optimizer", "rng", "position"):
             torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [LONG, {**LONG, "optimizer": "muon", "dtype": "bfloat16"},
-                                      {**LONG, "shuffle": True, "batch_size": 3}], ids=["adamw", "muon", "shuffled"])
+@pytest.mark.parametrize("settings", [
+    LONG, {**LONG, "optimizer": "muon", "dtype": "bfloat16"},
+    {**LONG, "shuffle": True, "batch_size": 3}], ids=["adamw", "muon", "shuffled"])
 def test_sigterm_and_resume_equal_an_uninterrupted_run(tmp_path, references, settings):
-    """Any state that is not saved (moments, random numbers, position) shows as another loss after
-    the resume."""
+    """Guards against state that is not saved (moments, random numbers, position), which shows as
+    another loss after the resume."""
     expected = references(**settings)
     argv = flags(**settings, auto_resume=True, data_root=references.data)
     process = start("train_gpt2.py", *argv, cwd=tmp_path)  # nothing to resume yet
@@ -127,7 +134,8 @@ def test_sigterm_and_resume_equal_an_uninterrupted_run(tmp_path, references, set
 
 
 def test_ctrl_c_in_the_first_steps_saves_too(tmp_path, references):
-    """Ctrl-C before the first regular checkpoint would lose everything, or end in a traceback."""
+    """Guards against a Ctrl-C before the first regular checkpoint that loses everything, or ends
+    in a traceback."""
     process = start("train_gpt2.py", *flags(**LONG, data_root=references.data), cwd=tmp_path)
     wait_for_step(process, tmp_path / "log", 1)
     process.send_signal(signal.SIGINT)
@@ -137,24 +145,40 @@ def test_ctrl_c_in_the_first_steps_saves_too(tmp_path, references):
     assert list((tmp_path / "log").glob("model_*.pt"))
 
 
+SLOW_EVALUATION = """
+import sys, time
+import train_gpt2
+
+def evaluate(*args):
+    while True:
+        print("evaluating", flush=True)
+        time.sleep(0.01)
+
+train_gpt2.evaluate = evaluate
+sys.argv = ["train_gpt2.py", *sys.argv[1:]]
+train_gpt2.main()
+"""
+
+
 def test_a_second_signal_exits_at_once(tmp_path, references):
-    """Someone who presses Ctrl-C twice does not want to wait for a step of minutes."""
-    settings = {**LONG, "total_batch_size": 1 << 22, "log_interval": 1}  # a step of minutes
-    process = start("train_gpt2.py", *flags(**settings, data_root=references.data), cwd=tmp_path)
-    while "validation loss" not in process.stdout.readline():
+    """Guards against someone who presses Ctrl-C twice and still waits for minutes; and against a
+    first signal that does not let an evaluation end."""
+    argv = [sys.executable, "-c", SLOW_EVALUATION, *flags(**LONG, data_root=references.data)]
+    process = subprocess.Popen(argv, cwd=tmp_path, env={**environment(), "PYTHONPATH": str(ROOT)},
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.stdout.readline() != "evaluating\n":
         assert process.poll() is None
-    time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):  # after the first one the step is finished
-        process.wait(timeout=1)
+    for _ in range(200):  # more lines than the pipe held at the time of the signal
+        assert process.stdout.readline() == "evaluating\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
-    process.stdout.close()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
 
 
 def test_kill_9_loses_the_steps_since_the_last_checkpoint(tmp_path, references):
-    """A process killed at any moment, even in the middle of a log line, must not damage what was
-    saved before."""
+    """Guards against a process that damages what was saved before, killed at any moment, even in
+    the middle of a log line."""
     expected = references(**LONG)
     argv = flags(**LONG, auto_resume=True, data_root=references.data)
     for step, saved in ((16, 14), (37, 35)):  # killed twice
@@ -168,7 +192,7 @@ def test_kill_9_loses_the_steps_since_the_last_checkpoint(tmp_path, references):
         f.write("38 tra")  # as a crash in the middle of a line would leave it
     with open(tmp_path / "log" / "log.jsonl", "a") as f:
         f.write('{"kind": "tra')
-    # 35, or a later one where this process was slower than that one
+    # 35, or a later one if the process went on for longer before it was killed
     newest = max(int(path.stem[6:]) for path in (tmp_path / "log").glob("model_*.pt"))
     assert newest >= 35
     done = run("train_gpt2.py", *argv, cwd=tmp_path)
@@ -178,24 +202,27 @@ def test_kill_9_loses_the_steps_since_the_last_checkpoint(tmp_path, references):
 
 
 def test_resume_takes_settings_from_the_checkpoint(tmp_path, references):
-    """A resume without the flags of the first start must continue with its settings; a flag that
-    is given overrides."""
+    """Guards against a resume that needs the flags of the first start again, and against one that
+    does not heed a flag that is given."""
     expected = references(**LONG)
     shutil.copytree(expected, tmp_path / "log")
     path = sorted((tmp_path / "log").glob("model_*.pt"))[1]  # of the five that were kept
     done = run("train_gpt2.py", "--resume", "--checkpoint_path", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "log", expected, 60)
-    done = run("train_gpt2.py", "--resume", "--checkpoint_path", path, "--max_steps", 50, cwd=tmp_path)
+    done = run("train_gpt2.py", "--resume", "--checkpoint_path", path, "--max_steps", 50,
+               cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert max(read_log(tmp_path / "log")["train"]) == 49
 
 
 def test_a_complete_run_changes_nothing(tmp_path, references):
-    """--auto_resume after the last step must neither train on nor rewrite what is there."""
+    """Guards against an --auto_resume that trains on after the last step, or rewrites what is
+    there."""
     shutil.copytree(references(**LONG), tmp_path / "log")
     before = {p.name: p.read_bytes() for p in (tmp_path / "log").glob("model_*")}
-    done = run("train_gpt2.py", *flags(**LONG, data_root=references.data), "--auto_resume", cwd=tmp_path)
+    argv = flags(**LONG, auto_resume=True, data_root=references.data)
+    done = run("train_gpt2.py", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "done: 60 steps" in done.stdout
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "log").glob("model_*")}
@@ -203,8 +230,8 @@ def test_a_complete_run_changes_nothing(tmp_path, references):
 
 
 def test_damaged_checkpoints_are_named_and_skipped(tmp_path, references):
-    """Truncated, empty, random or with one flipped byte: the run continues from the newest
-    checkpoint that is intact."""
+    """Guards against a run that does not continue from the newest checkpoint that is intact, if
+    later ones are truncated, empty, random or have one flipped byte."""
     expected = references(**LONG)
     shutil.copytree(expected, tmp_path / "log")
     newest = sorted((tmp_path / "log").glob("model_*.pt"))
@@ -215,7 +242,8 @@ def test_damaged_checkpoints_are_named_and_skipped(tmp_path, references):
     flipped = bytearray(newest[-4].read_bytes())
     flipped[len(flipped) // 2] ^= 1  # in the optimizer's state, which torch.load takes as it is
     newest[-4].write_bytes(flipped)
-    done = run("train_gpt2.py", *flags(**LONG, data_root=references.data), "--auto_resume", cwd=tmp_path)
+    argv = flags(**LONG, auto_resume=True, data_root=references.data)
+    done = run("train_gpt2.py", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for path in newest[-4:]:
         assert f"skipping log/{path.name}" in done.stderr
@@ -225,7 +253,7 @@ def test_damaged_checkpoints_are_named_and_skipped(tmp_path, references):
 
 
 def test_a_fresh_start_moves_the_earlier_run_away(tmp_path, references):
-    """Starting again in the same log_dir would overwrite the checkpoints of days."""
+    """Guards against a second start in the same log_dir that overwrites the checkpoints of days."""
     expected = references(**LONG)
     shutil.copytree(expected, tmp_path / "log", symlinks=True)
     settings = flags(**{**LONG, "max_steps": 2}, data_root=references.data)
@@ -234,31 +262,35 @@ def test_a_fresh_start_moves_the_earlier_run_away(tmp_path, references):
         assert done.returncode == 0, done.stderr
         assert f"files of an earlier run from log to log_00{i}" in done.stdout
     assert_same_run(tmp_path / "log_001", expected, 60)
-    assert weights(tmp_path / "log_001" / "latest_checkpoint.pt").keys() == weights(expected / "model_00060.pt").keys()
+    latest = weights(tmp_path / "log_001" / "latest_checkpoint.pt")
+    assert latest.keys() == weights(expected / "model_00060.pt").keys()
     assert sorted(read_log(tmp_path / "log")["train"]) == [0, 1]
 
 
 def test_only_the_oldest_checkpoints_are_removed(references):
-    """keep_checkpoints of them have to stay, the newest, and latest_checkpoint.pt has to name the
-    last."""
+    """Guards against removing newer checkpoints than the oldest, or more than --keep_checkpoints
+    says, and against a latest_checkpoint.pt that names another one."""
     steps = sorted(int(p.stem[6:]) for p in references(**LONG).glob("model_*.pt"))
     assert steps == [35, 42, 49, 56, 60]
     assert (references(**LONG) / "latest_checkpoint.pt").resolve().name == "model_00060.pt"
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints_intact(tmp_path, references):
-    """A save that fails half-way must neither stop the run nor leave a part of a file; on a real
-    small file system."""
+    """Guards against a save that fails half-way and ends the run or leaves a part of a file; on a
+    real small file system."""
     folder = tmp_path / "small"
     folder.mkdir()
     size = next(references(**LONG).glob("model_*.pt")).stat().st_size
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.8)}", "tmpfs", folder], capture_output=True)
+    options = f"size={int(size * 1.8)}"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+                           capture_output=True)
     if mount.returncode:
         pytest.skip("a tmpfs can't be mounted here (needs root)")
     try:
         (folder / "filler").write_bytes(b"x" * size)
-        settings = {**LONG, "max_steps": 75, "eval_interval": 100, "checkpoint_interval": 30, "keep_checkpoints": 1}
-        process = start("train_gpt2.py", *flags(**settings, data_root=references.data, log_dir=folder), cwd=tmp_path)
+        settings = {**LONG, "max_steps": 75, "eval_interval": 100, "checkpoint_interval": 30,
+                    "keep_checkpoints": 1, "data_root": references.data, "log_dir": folder}
+        process = start("train_gpt2.py", *flags(**settings), cwd=tmp_path)
         output = ""
         for line in process.stdout:
             output += line
@@ -270,42 +302,44 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(tmp_path, references)
         assert "Traceback" not in output, output
         assert "error: cannot write" in output, output
         assert "model_00075.pt: No space left" in output, output
-        assert sorted(p.name for p in folder.glob("*.*t*")) == ["latest_checkpoint.pt", "log.txt", "model_00060.pt"]
+        names = sorted(path.name for path in folder.glob("*.*t*"))
+        assert names == ["latest_checkpoint.pt", "log.txt", "model_00060.pt"]
         assert torch.load(folder / "latest_checkpoint.pt", weights_only=True)["step"] == 60
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("settings,message", [
+@pytest.mark.parametrize("settings, message", [
     (dict(n_layer=3), "--n_layer is 3, but the checkpoint's model has 4"),
     (dict(n_embd=128), "--n_embd is 128, but the checkpoint's model has 64"),
     (dict(block_size=64), "--block_size is 64, but the checkpoint's model has 32"),
     (dict(optimizer="muon"), "--optimizer is muon, but the checkpoint was trained with another"),
-    (dict(data_root="other"), "is not the checkpoint's (bpe)"),
+    (dict(data_root="other"), r"is not the checkpoint's \(bpe\)"),
 ])
-def test_what_does_not_fit_the_checkpoint_is_named(tmp_path, references, settings, message):
-    """Another shape, optimizer or tokenizer than the checkpoint's has to be one line that names
-    the flag."""
-    (tmp_path / "other").mkdir()
-    for path in references.data.iterdir():
-        shutil.copy(path, tmp_path / "other")
-    lines = (tmp_path / "other" / "tokenizer.tiktoken").read_bytes().splitlines()
-    lines[1], lines[2] = lines[1].split()[0] + b" 2", lines[2].split()[0] + b" 1"  # another tokenizer of the same size
-    (tmp_path / "other" / "tokenizer.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+def test_what_does_not_fit_the_checkpoint_is_named(
+        tmp_path, references, monkeypatch, settings, message):
+    """Guards against another shape, optimizer or tokenizer than the checkpoint's that ends in a
+    traceback, or trains on in silence."""
+    shutil.copytree(references.data, tmp_path / "other")
+    ranks = tmp_path / "other" / "tokenizer.tiktoken"
+    lines = ranks.read_bytes().splitlines()
+    # another tokenizer of the same size
+    lines[1], lines[2] = lines[1].split()[0] + b" 2", lines[2].split()[0] + b" 1"
+    ranks.write_bytes(b"\n".join(lines) + b"\n")
     path = next(references(**LONG).glob("model_*.pt"))
-    done = run("train_gpt2.py", "--resume", "--checkpoint_path", path, *flags(**settings), cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        main_of(monkeypatch, train_gpt2, "--resume", "--checkpoint_path", path, *flags(**settings))
+    assert "\n" not in str(error.value)
 
 
 def test_fine_tuning_with_a_shorter_context(tmp_path, references):
-    """--init_from takes the weights alone: a new run with its own steps, whose first loss is the
-    checkpoint's."""
+    """Guards against an --init_from that takes more than the weights: it is a new run with its own
+    steps, whose first loss is the checkpoint's."""
     path = references(**LONG) / "latest_checkpoint.pt"
     settings = {k: v for k, v in TINY.items() if not k.startswith("n_")}
-    done = run("train_gpt2.py", *flags(**{**settings, "block_size": 16, "max_steps": 1, "max_lr": 1e-4}, init_from=path,
-                                       data_root=references.data), cwd=tmp_path)
+    settings |= dict(block_size=16, max_steps=1, max_lr=1e-4, init_from=path)
+    done = run("train_gpt2.py", *flags(**settings, data_root=references.data), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     before = torch.load(path, weights_only=True)
     after = torch.load(tmp_path / "log" / "model_00001.pt", weights_only=True)
@@ -313,18 +347,5 @@ def test_fine_tuning_with_a_shorter_context(tmp_path, references):
     assert after["step"] == 1
     for k in ("transformer.h.0.attn.c_attn.weight", "transformer.h.3.mlp.c_proj.weight"):
         torch.testing.assert_close(after["model"][k], before["model"][k], atol=1e-3, rtol=0)
-    assert float(read_log(tmp_path / "log")["val"][0]) < 3.0  # far below the ln(320) of a fresh model
-
-
-def test_a_file_that_would_run_code_is_refused(tmp_path, references):
-    """A pickle can run any code when it is loaded; training must refuse it before anything runs."""
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    torch.save({"model": {}, "config": Evil()}, tmp_path / "evil.pt")
-    done = run("train_gpt2.py", *flags(**TINY, data_root=references.data, init_from=tmp_path / "evil.pt"), cwd=tmp_path)
-    assert done.returncode == 1
-    assert "is no checkpoint that can be read" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "owned").exists()
+    first_loss = float(read_log(tmp_path / "log")["val"][0])
+    assert first_loss < 3.0, "a fresh model's is ln(320)"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, english, environment, write_dataset
 
-from gptlib.checkpoints.formats import choose_initial_checkpoint, load_checkpoint
+from gptlib.checkpoints.formats import load_checkpoint
+from gptlib.checkpoints.start import choose_checkpoint
 from gptlib.checkpoints.directory import SafeReader
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes
@@ -323,7 +324,7 @@ def test_a_damaged_directory_is_skipped(directory, capsys, name, damage):
     if directory.joinpath("state.pt").exists():
         with pytest.raises(UserError, match=name):
             load_checkpoint(directory)
-    offer = choose_initial_checkpoint(dict(auto_resume=True, log_dir=str(directory.parent)))
+    offer = choose_checkpoint(dict(auto_resume=True, log_dir=str(directory.parent)))
     assert offer.checkpoint["step"] == 4
     assert "skipping" in capsys.readouterr().err
 

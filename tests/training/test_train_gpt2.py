@@ -206,7 +206,9 @@ def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
                 if p.dim() >= 2:
                     p.mul_(1 - lr * 0.1)
                 p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
-    train(cfg, dict(model=start, config=dataclasses.asdict(model.config), tokenizer=tiny_tokenizer(data_root)))
+    checkpoint = dict(model=start, config=dataclasses.asdict(model.config),
+                      tokenizer=tiny_tokenizer(data_root))
+    train(cfg, Start(checkpoint=checkpoint))
     ours = read_log(tmp_path / "log")["train"]
     assert [float(ours[s]) for s in range(10)] == pytest.approx(losses, abs=2e-5)
     saved = torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["model"]
@@ -276,7 +278,7 @@ def test_optimizer_state_saved_in_other_groups_is_restored():
     saved["param_groups"] = [merged, vectors]
 
     resumed, = configure_optimizers(model, TrainConfig(embedding_lr_ratio=2.0), CPU)
-    start = Start(optimizer=[saved], scaler={}, resumed=True)
+    start = Start(optimizer=[saved], resumed=True)
     start.restore([resumed], torch.amp.GradScaler("cpu", enabled=False), CPU, 0)
     for name, p in model.named_parameters():
         assert torch.equal(resumed.state[p]["exp_avg"], trained.state[p]["exp_avg"]), name
@@ -380,7 +382,7 @@ def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
     saved = scaler(saved_scale is not None, saved_scale or 65536.0).state_dict()
     assert bool(saved) == (saved_scale is not None)
     resumed = scaler(True)
-    start = Start(optimizer=[], scaler=saved, resumed=True)
+    start = Start(scaler=saved, resumed=True)
     start.restore([], resumed, CPU, 0)
     assert resumed.get_scale() == expected
     # and the other way: float32 ignores the state of a float16 run
