@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fineweb import find_or_make_shards
 from gptlib import distributed, runtime
-from gptlib.checkpoints.formats import fill_model, load_checkpoint
+from gptlib.checkpoints.formats import fill_model, load_checkpoint, make_config
 from gptlib.checkpoints.huggingface import export_model
 from gptlib.checkpoints.saver import Saver
 from gptlib.checkpoints.start import Start, load_start
@@ -173,8 +173,7 @@ class GPT(nn.Module):
         if pos.size(-1) > self.config.block_size:
             raise ValueError(f"a sequence of {pos.size(-1)} tokens is longer than the model's "
                              f"block size {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, n_embd)
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:
             x = block(x, attention)
         return self.transformer.ln_f(x)
@@ -199,8 +198,7 @@ class GPT(nn.Module):
         leaves out the position embedding, which is looked up and never multiplied.
         """
         c = self.config
-        looked_up = [p for name, p in self.named_parameters() if name.endswith("wpe.weight")]
-        N = count_parameters(self) - sum(p.numel() for p in looked_up)
+        N = sum(p.numel() for name, p in self.named_parameters() if not name.endswith("wpe.weight"))
         return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size
 
     @classmethod
@@ -209,12 +207,7 @@ class GPT(nn.Module):
 
         Raises UserError if the weights do not fit the config.
         """
-        known = [field.name for field in dataclasses.fields(GPTConfig)]
-        unknown = [name for name in checkpoint["config"] if name not in known]
-        if unknown:
-            raise UserError(f"the checkpoint's model has a setting {unknown[0]!r}, which this "
-                            "program's does not have: they compute different things")
-        config = GPTConfig(**checkpoint["config"])
+        config = make_config(GPTConfig, checkpoint["config"])
         config.block_size = min(config.block_size, block_size or config.block_size)
         config.dropout = config.dropout if dropout is None else dropout
         with runtime.skip_init():
@@ -228,10 +221,7 @@ class GPT(nn.Module):
         return cls.from_checkpoint(load_checkpoint(name))
 
     def save_pretrained(self, directory, tokenizer=None):
-        """Write a new directory from which `transformers` loads the model with equal logits.
-
-        tokenizer: default `self.tokenizer`; rows of the embedding past its ids are left out.
-        """
+        """Write a new directory from which `transformers` loads the model with equal logits."""
         export_model(self.config, self.state_dict(), tokenizer or self.tokenizer, directory)
 
 
@@ -267,25 +257,20 @@ def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, t
 
 @dataclass
 class TrainConfig:
-    # what to train, and from which weights
-    preset: str = setting("", "a named set of the flags below, such as demo, gpt2 or gpt3-small",
-                          section="the model")
+    preset: str = setting("", "a named set of flags: demo, gpt2, gpt3-small, ...", section="model")
     init_from: str = setting("scratch", "scratch, a GPT-2 name, a model directory or a checkpoint")
     n_layer: int = setting(12, "transformer blocks", 1)
     n_head: int = setting(12, "attention heads in each block", 1)
     n_embd: int = setting(768, "width of the residual stream", 1)
     block_size: int = setting(1024, "tokens of context", 1)
     dropout: float = setting(0.0, "dropout probability", 0.0, 0.99)
-    # on which text
-    data_root: str = setting("edu_fineweb10B", "dataset directory, as fineweb.py writes it",
-                             section="the data")
+    data_root: str = setting("edu_fineweb10B", "dataset directory, see fineweb.py", section="data")
     dev: bool = setting(False, "hold the end of the training text out, and evaluate on it")
     shuffle: bool = setting(False, "permute the windows in the first epoch too, as in later ones")
     total_batch_size: int = setting(524288, "tokens per step, over all processes", 1)
     batch_size: int = setting(64, "sequences per micro-batch and process; 0: all that fit", 0)
-    # how it learns
     max_steps: int = setting(19073, "optimizer steps; 19073 are one epoch of 10B tokens", 1,
-                             section="the optimization")
+                             section="optimization")
     warmup_steps: int = setting(715, "steps of linear warm-up, capped at max_steps", 0)
     max_lr: float = setting(None, "learning rate after the warm-up (default: 6e-4; with muon "
                             "1.8e-3 * sqrt(768 / n_embd))", 0.0)
@@ -298,7 +283,6 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 switches clipping off", 0.0)
     seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
-    # how well it does
     eval_interval: int = setting(250, "steps between evaluations", 1, section="evaluation")
     val_tokens: int = setting(10485760, "tokens of the val split to evaluate on", 1)
     hellaswag_examples: int = setting(10042, "HellaSwag examples per evaluation; 0: none", 0)
@@ -307,9 +291,7 @@ class TrainConfig:
     sample_prompt: str = setting("Hello, I'm a language model,", "text that the samples begin with")
     sample_length: int = setting(32, "tokens per sample, prompt included", 1)
     sample_temperature: float = setting(1.0, "temperature of samples; 0 is greedy", 0.0)
-    # what it leaves behind, and how it continues
-    log_dir: str = setting("log", "where checkpoints, log.txt, log.jsonl and log.png go",
-                           section="logs and checkpoints")
+    log_dir: str = setting("log", "where logs and checkpoints go", section="logs and checkpoints")
     log_interval: int = setting(1, "steps between console lines; the files get every step", 1)
     wandb: bool = setting(False, "log to Weights & Biases as well")
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
@@ -318,8 +300,7 @@ class TrainConfig:
     auto_resume: bool = setting(False, "go on from the newest good checkpoint, or start fresh")
     resume: bool = setting(False, "go on from --checkpoint_path")
     checkpoint_path: str = setting("", "the checkpoint of --resume")
-    # where it runs
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="the machine")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="machine")
     dtype: str = setting("auto", "precision of products; auto: what the hardware does best",
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model for training")
@@ -327,7 +308,7 @@ class TrainConfig:
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy; 0: all", 0)
     reduce_each: bool = setting(False, "with --shard: add up gradients after each micro-batch, "
-                                "which takes less memory and more communication")
+                                "for less memory and more communication")
     largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
                                 "directory, by all processes", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
@@ -451,7 +432,7 @@ class Trainer:
             if is_last:
                 break
             if interrupted():
-                self.zero_grad()
+                self.model.zero_grad()
                 runtime.set_rng(self.device, rng)
                 return None
         if self.world.size > 1:
@@ -464,13 +445,9 @@ class Trainer:
                 group["lr"] = lr * group["lr_ratio"]
             optim.skip_if_not_finite(optimizer, norm)
             optimizer.step()
-        self.zero_grad()
+        self.model.zero_grad()
         self.scaler.update()
         return mean_loss, norm
-
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
 
 # -----------------------------------------------------------------------------
@@ -514,9 +491,9 @@ def open_log(cfg, start, model, data, device, dtype, world, batch_size):
     facts = console.describe_run(asdict(cfg), model, device, dtype, world, batch_size,
                                  data.description, data.tokenizer.name == "gpt2")
     console.print_run(facts, data.train.n_tokens)
+    resumed_at = start.step if start.resumed else None
     run_log = None
     if world.rank == 0:
-        resumed_at = start.step if start.resumed else None
         run_log = RunLog(cfg.log_dir, resumed_at, facts, cfg.wandb, cfg.tensorboard)
     return console.Console(run_log, device, world, cfg.max_steps, cfg.total_batch_size,
                            model.flops_per_token(), cfg.log_interval, start.step,

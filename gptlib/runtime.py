@@ -180,8 +180,8 @@ def use_one_thread_if_small(model):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options), or, if a trial shows that no compiler works, the model itself
-    and a warning.
+    """torch.compile(model, **options), or the model itself, with a warning, if a trial shows that no
+    compiler works.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

@@ -1,5 +1,6 @@
 """Reads the checkpoints of four programs: this one, build-nanogpt, nanoGPT and Hugging Face."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -79,6 +80,19 @@ def check_version(path, version):
 def strip_wrappers(name):
     """A parameter's name without the prefixes that DDP and torch.compile put before it."""
     return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+
+
+def make_config(config_class, fields):
+    """A GPTConfig, the config_class of the caller, from the "config" of a checkpoint.
+
+    Raises UserError for a field that this code's model lacks: it would compute something else.
+    """
+    known = [field.name for field in dataclasses.fields(config_class)]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise UserError(f"the checkpoint's model has a setting {unknown[0]!r}, which this "
+                        "program's does not have: they compute different things")
+    return config_class(**fields)
 
 
 def fill_model(model, state):

@@ -1,6 +1,6 @@
 """The cache of keys and values, and what attends to it: a prompt that fills it, tokens that follow.
 
-Prefill and CachedAttention have the methods of train_gpt2.py's Causal, which the model's layers ask.
+Prefill and CachedAttention have the methods of Causal in train_gpt2.py, which the layers ask.
 """
 
 from dataclasses import dataclass

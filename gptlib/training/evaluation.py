@@ -1,5 +1,4 @@
-"""The model as it is evaluated: its validation loss, and forward passes that all ranks take part in.
-"""
+"""The model as it is evaluated: its validation loss, and forward passes in which all ranks join."""
 
 import math
 
