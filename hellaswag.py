@@ -26,44 +26,54 @@ gpt2-xl (1.5B)  0.3842  0.4893
 The four endings of an example share its context, so the model reads the context only once: an
 example is one row of tokens, the context followed by the endings, where each ending attends to the
 context and to itself. Rows of similar length form a batch, and the output head with its 50k columns
-is applied only where a loss is needed.
+is applied only to tokens whose loss is needed.
 """
+
+from dataclasses import dataclass
 
 import torch
 
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import ArgumentParser, UserError, run_main
+from gptlib.config import add_flags, check_settings, setting
+from gptlib.data.tokenizer import check_vocabulary, load_tokenizer
 from gptlib.inference.quantize import QUANTIZE_CHOICES, quantize_int8
-from gptlib.distributed import distributed, share_from_rank0
+from gptlib.distributed import join, share_from_rank0
 from gptlib.runtime import set_malloc, resolve_device, resolve_dtype
 from gptlib.training.scoring import evaluate, load_examples
-from gptlib.data.tokenizer import check_vocabulary, load_tokenizer
 from train_gpt2 import GPT
+
+SHORT_FLAGS = {"-m": "model_type", "-d": "device"}  # those of build-nanogpt's hellaswag.py
+
+
+@dataclass
+class HellaSwagConfig:
+    checkpoint_path: str = setting(None, "a checkpoint file", optional=True)
+    model_type: str = setting(None, "name of a GPT-2 (default: gpt2) or a Hugging Face directory",
+                              optional=True)
+    data: str = setting("", "HellaSwag jsonl file (default: download the validation set once)")
+    limit: int = setting(None, "evaluate only the first LIMIT examples", 1, optional=True)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("float32", "float32 reproduces the published choice on every example; "
+                         "bfloat16, float16 and auto are faster",
+                         choices=("float32", "bfloat16", "float16", "auto"))
+    quantize: str = setting("none", "int8: with the linear layers in 8 bits, as inference.py runs "
+                            "them", choices=QUANTIZE_CHOICES)
+    batch_tokens: int = setting(0, "tokens per forward pass; 0: what suits the device", 0)
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.checkpoint_path is not None and self.model_type is not None:
+            raise UserError("--checkpoint_path and --model_type each name a model: give one")
 
 
 def parse_flags():
     parser = ArgumentParser(__doc__)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint_path", help="a checkpoint file")
-    source.add_argument("-m", "--model_type", default="gpt2",
-                        help="name of a GPT-2 (default: gpt2) or a Hugging Face directory")
-    parser.add_argument("--data", default="",
-                        help="HellaSwag jsonl file (default: download the validation set once)")
-    parser.add_argument("--limit", type=int, help="evaluate only the first LIMIT examples")
-    parser.add_argument("-d", "--device", default="auto",
-                        help="auto (default), cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="float32",
-                        choices=("float32", "bfloat16", "float16", "auto"),
-                        help="float32 (default) reproduces the published choice on every example; "
-                             "the others are faster")
-    parser.add_argument("--quantize", default="none", choices=QUANTIZE_CHOICES,
-                        help="int8: with the linear layers in 8 bits, as inference.py runs them")
-    parser.add_argument("--batch_tokens", type=int, default=0,
-                        help="tokens per forward pass (default: depends on the device)")
-    args = parser.parse_args()
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}: expected at least 1")
-    return args
+    add_flags(parser, HellaSwagConfig)
+    for flag, name in SHORT_FLAGS.items():
+        parser.add_argument(flag, dest=name, help=f"short for --{name}")
+    flags = vars(parser.parse_args())
+    return HellaSwagConfig(**{name: value for name, value in flags.items() if value is not None})
 
 
 def load_model(source):
@@ -76,20 +86,20 @@ def load_model(source):
 
 
 def main():
-    args = parse_flags()
-    with distributed() as world:
-        device = resolve_device(args.device, world.local_rank if world.size > 1 else None)
-        dtype = resolve_dtype(args.dtype, device)
+    cfg = parse_flags()
+    with join() as world:
+        device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
+        dtype = resolve_dtype(cfg.dtype, device)
         set_malloc(device, keep=True)
-        model, tokenizer = load_model(args.checkpoint_path or args.model_type)
-        examples = load_examples(args.data)[:args.limit] if world.rank == 0 else None
+        model, tokenizer = load_model(cfg.checkpoint_path or cfg.model_type or "gpt2")
+        examples = load_examples(cfg.data)[:cfg.limit] if world.rank == 0 else None
         examples = share_from_rank0(examples, world)
         model = model.to(device)
-        if args.quantize == "int8":
+        if cfg.quantize == "int8":
             model = quantize_int8(model, dtype)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         scores = evaluate(model, examples, tokenizer, autocast,
-                          world.rank, world.size, args.batch_tokens)
+                          world.rank, world.size, cfg.batch_tokens)
         if world.rank == 0:
             print(f"{scores['examples']} examples, "
                   f"acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f}")

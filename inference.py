@@ -55,7 +55,8 @@ class LoadedModel:
     """A model that is ready to sample from, and what its checkpoint says about it."""
     model: GPT
     tokenizer: tiktoken.Encoding
-    step: int | None  # the training step it was saved at, where that is known
+    quantize: str  # "none" or "int8"
+    step: int | None  # the training step it was saved at, if that is known
     sample_prompt: str  # what the samples of its training run began with
 
 
@@ -82,7 +83,7 @@ def load_for_sampling(path, device=None, dtype=None, quantize=None):
         model = model.to(device, dtype).eval().requires_grad_(False)
     train_config = checkpoint.get("train_config", {})
     sample_prompt = train_config.get("sample_prompt", DEFAULT_PROMPT)
-    return LoadedModel(model, tokenizer, checkpoint.get("step"), sample_prompt)
+    return LoadedModel(model, tokenizer, quantize or "none", checkpoint.get("step"), sample_prompt)
 
 
 def load_model_from_checkpoint(path, device=None, dtype=None, quantize=None):
@@ -98,7 +99,7 @@ def generate_text(model, prompt="", max_length=100, temperature=1.0, top_k=50, t
                   seed=None, num_samples=1, stop=(), tokenizer=None):
     """The prompt and up to max_length tokens that continue it, as text.
 
-    Where num_samples is above 1, a list of such texts; sample i uses the seed `seed` + i. The model
+    If num_samples is above 1, a list of such texts; sample i uses the seed `seed` + i. The model
     may be any GPT; one without a tokenizer of its own is taken to use GPT-2's. temperature 0 is
     greedy. Raises UserError for settings out of range.
     """
@@ -121,8 +122,8 @@ def start_samples(engine, tokenizer, prompt, params, num_samples, stop):
     tokens = encode_prompt(engine.model, tokenizer, prompt)
     streams = []
     for i in range(num_samples):
-        request = engine.submit(tokens, dataclasses.replace(params, seed=params.seed + i))
-        streams.append(TextStream(request, tokenizer, stop, engine.step))
+        sequence = engine.submit(tokens, dataclasses.replace(params, seed=params.seed + i))
+        streams.append(TextStream(sequence, tokenizer, stop, engine.step))
     return streams
 
 
@@ -157,7 +158,7 @@ class InferenceConfig:
         check_settings(self)
 
 
-# of the command, where they differ from those of SamplingParams
+# defaults of the command that differ from those of SamplingParams
 SAMPLING_DEFAULTS = dict(temperature=0.8, top_k=50)
 SEED_HELP = "random seed; sample i uses seed + i (default: random, printed at the end)"
 
@@ -263,7 +264,7 @@ def main():
         return
     seconds = time.perf_counter() - start
     n_tokens = sum(stream.n_tokens for stream in streams)
-    reasons = ", ".join(stream.request.finish_reason for stream in streams)
+    reasons = ", ".join(stream.sequence.finish_reason for stream in streams)
     log(f"{n_tokens} tokens in {seconds:.2f} s, {n_tokens / seconds:.0f} tokens/s; "
         f"seed {params.seed}, {reasons}")
 

@@ -24,7 +24,6 @@ exits at once.
 """
 
 import dataclasses
-import functools
 import hmac
 import os
 import signal
@@ -44,6 +43,7 @@ from gptlib.serving.api import (
     encode_prompts,
     encode_text,
     error_response,
+    job_error,
     openapi,
     parse_body,
     request_models,
@@ -53,7 +53,7 @@ from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.config import add_flags, check_settings, read_environment, setting
 from gptlib.serving.http_server import create_server, disconnect_check, wait_until_sent
 from gptlib.inference.quantize import QUANTIZE_CHOICES
-from gptlib.serving.service import Service
+from gptlib.serving.service import JobError, Service, TooManySequences
 from inference import DEFAULT_CHECKPOINT, load_for_sampling
 
 PAGE = Path(__file__).resolve().parent / "gptlib" / "serving" / "page"
@@ -101,8 +101,8 @@ class Settings:
     queue_size: int = setting(
         64, "sequences that may wait for a slot; more are refused with 429", 0, 10000)
     prefill_chunk: int = setting(
-        0, "tokens of prompts read between two tokens of the running sequences; 0: as many as "
-        "take no longer than one such token", 0)
+        64, "tokens of prompts read between two tokens of the running sequences; 0: whole prompts",
+        0)
     prefix_reuse: bool = setting(
         True, "the beginning of a prompt that the cache holds already is not read again")
     request_timeout: float = setting(
@@ -125,14 +125,28 @@ def read_settings(argv=(), env=None):
 # the app
 
 
+def make_service(settings):
+    """The Service that these settings ask for."""
+    def load():
+        return load_for_sampling(settings.model_checkpoint, settings.device, settings.dtype,
+                                 settings.quantize)
+
+    # latest_checkpoint.pt is a link: the name is that of the file it leads to
+    checkpoint_name = Path(settings.model_checkpoint).resolve().stem
+    return Service(
+        load, settings.model_name or checkpoint_name, settings.slots, settings.queue_size,
+        settings.request_timeout, compile=settings.compile,
+        prefill_chunk=settings.prefill_chunk, prefix_reuse=settings.prefix_reuse)
+
+
 def create_app(settings=None):
     """The Flask app. Its service, app.extensions["service"], has yet to be started."""
     from flask import Flask
 
     settings = settings or read_settings()
-    load_model = functools.partial(load_for_sampling, quantize=settings.quantize)
-    service = Service(settings, load_model)
-    models = request_models(settings)
+    service = make_service(settings)
+    models = request_models(settings.max_prompt_length, settings.max_length_limit,
+                            service.capacity)
     app = Flask(__name__, static_folder=None)
     app.extensions["service"] = service
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_size
@@ -142,8 +156,8 @@ def create_app(settings=None):
     limiter, limit_rate = register_rate_limit(app, settings)
     register_metrics(app, service)
     register_errors(app, settings, limiter)
-    register_text_routes(app, service, models, limit_rate)
-    register_status_routes(app, service, models)
+    register_text_routes(app, service, settings, models, limit_rate)
+    register_status_routes(app, service, settings, models)
     register_page(app)
     return app
 
@@ -217,6 +231,8 @@ def register_errors(app, settings, limiter):
     def answer_error(error):
         if isinstance(error, ApiError):
             return error_response(error)
+        if isinstance(error, JobError):
+            return error_response(job_error(error))
         if isinstance(error, UserError):
             return error_response(ApiError(400, str(error)))
         if isinstance(error, HTTPException):
@@ -250,10 +266,9 @@ def register_errors(app, settings, limiter):
 # routes
 
 
-def register_text_routes(app, service, models, limit_rate):
+def register_text_routes(app, service, settings, models, limit_rate):
     """POST /generate and POST /v1/completions."""
     Generate, Completion = models
-    settings = service.settings
 
     @app.post("/generate")
     @limit_rate
@@ -304,10 +319,13 @@ def submit(service, body, prompts, field, max_length):
     from flask import request
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature = 1.0 if body.temperature is None else body.temperature
-    return service.submit(
-        prompts, field, stop, disconnect_check(request.environ),
-        max_length=max_length, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
-        seed=body.seed)
+    try:
+        return service.submit(
+            prompts, stop, disconnect_check(request.environ),
+            max_length=max_length, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
+            seed=body.seed)
+    except TooManySequences as error:
+        raise ApiError(400, f"{field} {error}", field) from error
 
 
 def respond(job, answer, stream):
@@ -337,10 +355,9 @@ def respond(job, answer, stream):
     return response
 
 
-def register_status_routes(app, service, models):
+def register_status_routes(app, service, settings, models):
     """GET /health, /v1/models and /openapi.json."""
     from flask import jsonify
-    settings = service.settings
 
     @app.get("/health")
     def health():
@@ -415,7 +432,9 @@ def main():
     settings = read_settings(sys.argv[1:])
     app = create_app(settings)
     service = app.extensions["service"]
-    server = create_server(app, settings)
+    # a thread for each sequence that is accepted, and spare ones that can always refuse more
+    server = create_server(app, settings.host, settings.port, service.capacity + 8,
+                           settings.max_body_size)
     stop_on_signals(service)
     threading.Thread(target=server.run, name="http", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -48,7 +48,7 @@ def bench_samples(args):
         verdicts = []
         for stream in streams:
             text = prompt + "".join(stream)
-            verdicts.append(judge_python(text, is_cut=stream.request.finish_reason == "length"))
+            verdicts.append(judge_python(text, is_cut=stream.sequence.finish_reason == "length"))
         shares = {verdict: verdicts.count(verdict) / count
                   for verdict in ("compiles", "unfinished", "wrong")}
         results.append(dict(temperature=temperature, samples=count, **shares))

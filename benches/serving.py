@@ -153,6 +153,19 @@ def bench_newcomer(servers, n_clients, rounds):
     return results
 
 
+PREFILL_CHUNKS = (32, 64, 128, 256, 0)  # 0: the whole prompt at once
+
+
+def bench_prefill_chunks(settings, n_clients, rounds):
+    """bench_newcomer for servers with each of PREFILL_CHUNKS."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for chunk in PREFILL_CHUNKS:
+            name = f"PREFILL_CHUNK={chunk}"
+            servers[name] = stack.enter_context(running_server(**settings, prefill_chunk=chunk))
+        return bench_newcomer(servers, n_clients, rounds)
+
+
 # -----------------------------------------------------------------------------
 # the server
 
@@ -189,8 +202,7 @@ def bench_serve(args):
     """Tokens per second that all clients together get from serve.py, whole and streamed.
 
     As many clients as `streams` ask at once, beside the engine alone with the same prompts; then
-    how long a newcomer with a long prompt waits, and others for it, with prompts read in chunks
-    and at once.
+    how long a newcomer with a long prompt waits, and others for it, for each of PREFILL_CHUNKS.
     """
     device, dtype, model = gpt2_to_decode(args)
     # a different prompt for each client, so that no cache can serve one with another's
@@ -220,8 +232,6 @@ def bench_serve(args):
             rates = [results[title][0]["median"] for title in results if " x " in title]
             log(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
                 f"what {args.streams[0]} gets")
-            if max(args.streams) > 1:
-                with running_server(**settings, prefill_chunk=model.config.block_size) as other:
-                    servers = {"in chunks": port, "at once": other}
-                    results["newcomer"] = bench_newcomer(servers, max(args.streams), args.rounds)
+        if max(args.streams) > 1:
+            results["newcomer"] = bench_prefill_chunks(settings, max(args.streams), args.rounds)
     return results

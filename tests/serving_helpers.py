@@ -1,19 +1,24 @@
 """What the tests of the server share: a tiny model behind a real process, and its clients.
 
-A test file takes the fixtures over by name: `server = serving.server`.
+A test file takes the fixtures over by name: `server = serving.server`. The model, its checkpoint
+and the plain server are made once in a process, for all files.
 """
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -31,8 +36,12 @@ START = 120  # seconds: so does a start, whose imports take long on a machine th
 SMALL = dict(SLOTS="4", QUEUE_SIZE="4", MAX_LENGTH_LIMIT=str(LONG), DTYPE="float32", DEVICE="cpu")
 
 
-@pytest.fixture(scope="module")
-def model():
+at_exit = contextlib.ExitStack()
+atexit.register(at_exit.close)
+
+
+@functools.cache
+def make_model():
     torch.manual_seed(0)
     model = GPT(CONFIG)
     for p in model.parameters():
@@ -44,23 +53,37 @@ def model():
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def home(model, tmp_path_factory):
+@functools.cache
+def make_home():
     """A directory with log/model_40000.pt, as a run leaves it."""
-    home = tmp_path_factory.mktemp("home")
+    home = Path(at_exit.enter_context(tempfile.TemporaryDirectory()))
+    model = make_model()
     (home / "log").mkdir()
-    torch.save(
-        dict(
-            model=model.state_dict(),
-            config=dataclasses.asdict(CONFIG),
-            step=40000,
-            train_config={},
-            tokenizer=tokenizer_to_dict(model.tokenizer),
-        ),
-        home / "log" / "model_40000.pt",
-    )
+    checkpoint = dict(model=model.state_dict(), config=dataclasses.asdict(CONFIG), step=40000,
+                      train_config={}, tokenizer=tokenizer_to_dict(model.tokenizer))
+    torch.save(checkpoint, home / "log" / "model_40000.pt")
     (home / "log" / "latest_checkpoint.pt").symlink_to("model_40000.pt")
     return home
+
+
+@functools.cache
+def plain_server():
+    return at_exit.enter_context(run_server(make_home())).ready()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def home():
+    return make_home()
+
+
+@pytest.fixture(scope="module")
+def server():
+    return plain_server()
 
 
 class Server:
@@ -168,12 +191,6 @@ def run_server(*args, **env):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.process.pid, signal.SIGKILL)
         server.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(home):
-    with run_server(home) as server:
-        yield server.ready()
 
 
 def events(response):

@@ -10,7 +10,7 @@ import torch
 
 from gptlib.runtime import compile_model
 
-_function_numbers = itertools.count()  # of the functions given to torch.compile
+_function_numbers = itertools.count()  # a number for each function given to torch.compile
 
 
 def next_logits(model, idx, attention):
@@ -23,18 +23,19 @@ def next_logits(model, idx, attention):
 
 
 def decode(model, idx, cache, pos):
-    """Logits (B, vocab_size) of the token that follows idx (B, 1), which stands at pos (B, 1) in
-    the B slots of the cache.
+    """Logits (B, vocab_size) of the token that follows idx (B, 1).
+
+    pos (B, 1): the positions of idx in the B slots of the cache.
     """
     return next_logits(model, idx, cache.at(pos))
 
 
 def project_to_logits(lm_head, x):
-    """Logits (B, vocab_size) of final hidden states x (B, n_embd), in float32 where that is cheap.
+    """Logits (B, vocab_size) of final hidden states x (B, n_embd), in float32 if that is cheap.
 
-    bfloat16 logits of magnitude 64 to 128 are half a nat apart, so that many tokens would seem
-    equally likely. CUDA's products keep their float32 sums at no cost. torch has no such product
-    on other devices, and float32 weights would double what is read for a token: logits there
+    bfloat16 logits of magnitude 64 to 128 are half a nat apart, so many tokens would seem equally
+    likely. CUDA's products can return their float32 sums at no cost. On other devices torch has no
+    such product, and float32 weights would double the bytes read for a token, so there the logits
     have the dtype of the weights.
     """
     if has_mixed_product(x):
@@ -50,10 +51,10 @@ def has_mixed_product(x):
 class DecodeStep:
     """Feeds each sequence its last token and returns the logits of the next one.
 
-    This one serves every device but CUDA. forward(idx, cache, pos): decode of a model,
-    perhaps compiled; cache: the KVCache of all slots; last_tokens (slots, 1): the token that was
-    sampled last in each slot. With fixed_shapes rows and sizes are rounded up, so that few
-    shapes have to be compiled.
+    This one serves every device but CUDA. forward(idx, cache, pos): a model's decode, perhaps
+    compiled. cache: the KVCache of all slots. last_tokens (slots, 1): the token that was sampled
+    last in each slot. With fixed_shapes rows and sizes are rounded up, so that only a few shapes
+    have to be compiled.
     """
 
     async_depth = 0  # how many steps may be under way before their tokens are collected
@@ -68,7 +69,7 @@ class DecodeStep:
         self.device = device
 
     def device_context(self):
-        """A context for every call on the device: it makes the device this thread's current one."""
+        """A context that makes the device this thread's current one, as its calls need."""
         return contextlib.nullcontext()
 
     def shape(self, n_sequences, n_positions):
@@ -80,7 +81,7 @@ class DecodeStep:
         return rows, min(size, self.block_size)
 
     def fixed_shape_list(self):
-        """All (rows, size) that shape() can return; none where the shapes are not fixed."""
+        """All (rows, size) that shape() can return; none if the shapes are not fixed."""
         if not self.fixed_shapes:
             return []
         sizes = {self.shape(1, n + 1)[1] for n in range(0, self.block_size, self.size_multiple)}
@@ -89,7 +90,7 @@ class DecodeStep:
     def run(self, rows, size, pos):
         """Logits (rows, vocab_size) after the last tokens of the first `rows` slots.
 
-        pos (rows, 1): where those tokens stand; size: how many positions are attended to.
+        pos (rows, 1): the positions of those tokens; size: how many positions are attended to.
         """
         cache = self.cache.narrow(0, rows, size)
         if self.fixed_shapes:  # one compilation serves all sizes
@@ -142,7 +143,7 @@ class CudaDecodeStep(DecodeStep):
         side_stream = torch.cuda.Stream(self.device)
         side_stream.wait_stream(stream)
         with torch.cuda.stream(side_stream):
-            # compiling, choosing kernels and allocating workspaces cannot be recorded
+            # the first calls compile and allocate memory, which a graph cannot record
             for _ in range(2):
                 self.forward(*args)
         stream.wait_stream(side_stream)
@@ -166,7 +167,7 @@ def make_decode_step(forward, cache, last_tokens, device, fixed_shapes):
 
 
 def compile_decode(model, device):
-    """decode of a model under torch.compile; None, with a warning, where no compiler works."""
+    """A model's decode under torch.compile; None, with a warning, if no compiler works."""
     if device.type == "cpu":
         set_inductor_options_for_few_tokens()
     forward = types.MethodType(copy_function(decode), model)
@@ -179,9 +180,9 @@ def compile_decode(model, device):
 def copy_function(function):
     """A copy of a function with a code object of its own.
 
-    torch.compile finds what it has compiled by code object and guards. Without guards on modules
-    the step compiled for one model would be found again for the next model, and run with the
-    first one's weights; a code object for each keeps them apart.
+    torch.compile looks compiled code up by code object and guards. Without guards on modules it
+    would find the step of one model again for the next model, and run it with the first one's
+    weights. A code object for each model keeps them apart.
     """
     name = f"{function.__name__}_{next(_function_numbers)}"
     code = function.__code__.replace(co_name=name)
@@ -189,7 +190,7 @@ def copy_function(function):
 
 
 def set_inductor_options_for_few_tokens():
-    """Set what makes inductor's CPU code fast where a forward pass has a few tokens only."""
+    """Set inductor's options that make its CPU code fast for a few tokens per forward pass."""
     from torch._inductor import config
     config.freezing = True  # weights become constants, in the layout that suits the kernels
     config.cpp.min_chunk_size = 8192  # a few tokens' activations are not worth a second thread

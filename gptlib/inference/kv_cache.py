@@ -1,6 +1,6 @@
-"""The cache of keys and values, and what attends to it: a prompt that fills it, tokens that follow.
+"""The cache of keys and values, and attention to it: of prompts, and of tokens that follow them.
 
-Prefill and CachedAttention have the methods of Causal in train_gpt2.py, which the layers ask.
+The classes of attention have the methods of train_gpt2.py's Causal, which the model's layers call.
 """
 
 from dataclasses import dataclass
@@ -85,3 +85,52 @@ class CachedAttention:
         y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=self.mask,
                                            dropout_p=dropout_p)
         return y.to(q.dtype)
+
+
+# -----------------------------------------------------------------------------
+# sequences of unlike lengths, on a CPU
+
+# one more call takes as long as reading this many more positions of one sequence
+CALL_COST = 256
+
+
+def group_rows(lengths, call_cost=CALL_COST):
+    """Group neighbouring rows that attend faster together: [(first row, rows, positions)].
+
+    lengths: how many positions each row attends to.
+    """
+    groups = []
+    for row, length in enumerate(lengths):
+        if groups:
+            first, count, size = groups[-1]
+            joint = max(size, length)
+            if (count + 1) * joint <= count * size + length + call_cost:
+                groups[-1] = first, count + 1, joint
+                continue
+        groups.append((row, 1, length))
+    return groups
+
+
+class GroupedAttention(CachedAttention):
+    """CachedAttention of one token per row, in which short rows do not read as far as long ones.
+
+    Rows attend together to as many positions as the longest of them has. On a CPU that takes most
+    of a step as soon as one row is long, so rows of similar length form groups.
+    """
+
+    def __init__(self, cache, pos):
+        super().__init__(cache, pos)
+        lengths = (pos[:, 0] + 1).tolist()
+        self.groups = group_rows(lengths)
+
+    def attend(self, layer, q, k, v, dropout_p):
+        if len(self.groups) == 1:
+            return super().attend(layer, q, k, v, dropout_p)
+        keys, values = self.store(layer, k, v)
+        outputs = []
+        for first, count, size in self.groups:
+            row = slice(first, first + count)
+            outputs.append(F.scaled_dot_product_attention(
+                q[row].to(keys.dtype), keys[row, :, :size], values[row, :, :size],
+                attn_mask=self.mask[row, ..., :size], dropout_p=dropout_p))
+        return torch.cat(outputs).to(q.dtype)

@@ -1,26 +1,26 @@
-"""What the slots of the KV cache hold, so that a prompt which begins alike need not be read again.
+"""Which tokens the slots of the KV cache hold, so that prompts that begin alike can reuse them.
 
-No memory is added: a sequence that has ended stays in its slot until the slot is needed.
+This takes no memory: a sequence that has ended stays in its slot until the slot is needed.
 """
 
 from dataclasses import dataclass
 
-# with fewer tokens in common, reading them takes no longer than reading the rest without them
+# fewer tokens are read together with the rest in hardly more time
 MIN_SHARED = 16
 
 
 @dataclass
 class Content:
-    """The tokens that a slot holds keys and values of: `length` of a request's, from `start` on."""
-    request: object
+    """The tokens whose keys and values a slot holds: `length` of a sequence's, from `start` on."""
+    sequence: object
     start: int
     length: int
-    last_used: int = 0  # at which time, counted in uses of any slot
+    last_used: int = 0  # when: the number of uses of any slot until then
 
     def tokens(self):
         """The tokens that are known: the last ones may still be on their way to the host."""
-        sequence = self.request.prompt + self.request.tokens
-        return sequence[self.start:self.start + self.length]
+        all_tokens = self.sequence.prompt + self.sequence.tokens
+        return all_tokens[self.start:self.start + self.length]
 
     def begins_like(self, tokens):
         """How many tokens from the first one on are equal."""
@@ -32,7 +32,7 @@ class Content:
         return n_equal
 
 
-class Slots:
+class PrefixCache:
     """The KV cache of all slots, and the Content of those that no live sequence has.
 
     cache: a KVCache; keep: whether sequences that have ended are kept at all.
@@ -44,15 +44,15 @@ class Slots:
         self.contents = [None] * cache.keys[0].size(0)
         self.uses = 0
 
-    def hold(self, slot, request):
-        """Note that a slot holds what its request has cached so far."""
+    def hold(self, slot, sequence):
+        """Note that a slot holds what its sequence has cached so far."""
         self.uses += 1
-        self.contents[slot] = Content(request, request.window_start, request.pos, self.uses)
+        self.contents[slot] = Content(sequence, sequence.window_start, sequence.pos, self.uses)
 
-    def release(self, slot, request):
+    def release(self, slot, sequence):
         """Keep what a sequence leaves in its slot, unless it has failed."""
-        if self.keep and request.finish_reason != "error":
-            self.hold(slot, request)
+        if self.keep and sequence.finish_reason != "error":
+            self.hold(slot, sequence)
         else:
             self.forget(slot)
 
@@ -73,13 +73,13 @@ class Slots:
     def find(self, tokens, live):
         """The slot whose content has the longest beginning in common with tokens, and its length.
 
-        live: the requests of the first slots. The last of the tokens never counts: the model has
-        to read one for the logits. Returns (None, 0) where there is too little in common.
+        live: the sequences of the first slots. The last of the tokens never counts: the model has
+        to read one for the logits. Returns (None, 0) if there is too little in common.
         """
         best, longest = None, 0
         if not self.keep:
             return best, longest
-        contents = [Content(request, request.window_start, request.pos) for request in live]
+        contents = [Content(sequence, sequence.window_start, sequence.pos) for sequence in live]
         contents += self.contents[len(live):]
         for slot, content in enumerate(contents):
             if content is None:
@@ -90,10 +90,10 @@ class Slots:
         return best, longest
 
     def claim(self, slot, source=None, n_shared=0):
-        """Have a slot for a new sequence, that begins with n_shared tokens of the slot `source`.
+        """Make a slot ready for a new sequence and copy n_shared tokens of slot `source` into it.
 
-        All slots from `slot` on have to be free. What was used least recently is given up, or the
-        source itself, where the new sequence has most of it in common.
+        All slots from `slot` on have to be free. The content used least recently is given up, or
+        the source itself if the new sequence shares most of it.
         """
         free = range(slot, len(self.contents))
         victim = min(free, key=self._last_used)
@@ -118,10 +118,10 @@ class Slots:
             self.contents[source] = self.contents[target]
         self.forget(target)
 
-    def exchange(self, slot, request, last_slot, last):
+    def exchange(self, slot, sequence, last_slot, last):
         """Let the last live sequence take the slot of one that ends, and, if kept, vice versa."""
-        if self.keep and request.finish_reason != "error":
-            self.swap(slot, request.pos, last_slot, last.pos)
+        if self.keep and sequence.finish_reason != "error":
+            self.swap(slot, sequence.pos, last_slot, last.pos)
         else:
             self.copy(last_slot, slot, last.pos)
 

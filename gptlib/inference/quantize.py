@@ -1,10 +1,10 @@
-"""Weights in 8 bits: a decoded token then reads half the bytes of bfloat16, from any checkpoint.
+"""Weights in 8 bits: decoding a token then reads half the bytes of bfloat16, from any checkpoint.
 
-Each row of a weight, an output channel, is stored as int8 and one float32 scale. On a CPU the
-products are of whole numbers, so activations are rounded to 8 bits as well, with a scale for each
-token. Features far larger than the others of the same token, as GPT-2 has them, would leave the
-others no more than a few values: those features are found when a model is loaded, and multiplied
-in float32 (the idea of LLM.int8(), arXiv:2208.07339, with features that stay the same).
+Each row of a weight (an output channel) is stored as int8 with one float32 scale. A CPU multiplies
+whole numbers, so activations are rounded to 8 bits as well, with a scale for each token. GPT-2 has
+a few features far larger than the others of a token, which would leave the others only a few
+values. They are found when the model is loaded, and multiplied in full (the idea of LLM.int8(),
+arXiv:2208.07339, but with the same features for all tokens).
 """
 
 import functools
@@ -24,13 +24,14 @@ BYTE_LIMIT = 127  # activations from -127 to 127, which are stored with 128 adde
 LARGEST_ERROR = 0.02  # of a layer's outputs; without outliers it is 0.011 to 0.015
 OUTLIER_COUNTS = (0, 4, 16, 64)  # features in float32, of which the first that is enough is taken
 CALIBRATION_TOKENS = 32
+OUTLIER_BITS = 23  # nearly all of float32's 24; 64 products of two such numbers stay below 2**53
 FEW_ROWS = 4  # up to which torch's own product with int8 weights is faster than converting them
 
 
 def quantize_rows(weight):
     """A weight (N, K) as int8 and the scale of each row, (N,): weight is about int8 * scale.
 
-    Raises UserError where a value is not finite.
+    Raises UserError if a value is not finite.
     """
     weight = weight.detach().float()
     # twice as fast as one pass by vector_norm or aminmax
@@ -51,11 +52,50 @@ def round_to_byte(x, largest, zero_byte):
     return torch.addcdiv(zero_byte, x, largest, value=BYTE_LIMIT).to(torch.uint8)
 
 
+ONE, ZERO = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+
+def multiply_bytes(x_bytes, packed):
+    """Unsigned bytes (R, K) times packed int8 weights (N, K): whole numbers as float32 (R, N).
+
+    oneDNN adds up in 32-bit integers and converts each sum to float32. All scales are 1 and no
+    zero point is given, so it rounds nowhere else, whichever kernel it takes for R rows.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        x_bytes, 1.0, 0, packed, ONE, ZERO, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+class ExactProduct(nn.Module):
+    """The product with the weights of a few features, (N, n), which is the same for any batch.
+
+    Both are rounded to whole numbers of OUTLIER_BITS bits. float64 holds the sums of their products
+    exactly, so that the order in which a library adds them up makes no difference.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        assert weight.size(1) * 2**(2 * OUTLIER_BITS) < 2**53
+        weight = weight.double()
+        peak = weight.abs().amax(1).clamp(min=1e-300)
+        scale = peak / 2**OUTLIER_BITS
+        self.register_buffer("numbers", (weight / scale[:, None]).round().t(), persistent=False)
+        self.register_buffer("scale", scale / 2**OUTLIER_BITS, persistent=False)
+
+    def forward(self, x):
+        x = x.double()
+        peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+        numbers = (x / peak).mul_(2**OUTLIER_BITS).round_()
+        return (numbers @ self.numbers).mul_(self.scale).mul_(peak).float()
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, multiplied as whole numbers by oneDNN's kernels.
 
-    outliers: the input features that are multiplied in float32 instead, a tensor of their indices.
-    Results are float32; a token's do not depend on the other tokens.
+    outliers: the input features that are multiplied with full weights instead, a tensor of their
+    indices. Results are float32. A token's result does not depend on the tokens beside it: the two
+    products are sums of whole numbers, and all else is done element by element, one operation at a
+    time (oneDNN's own scales, or a fused multiplication and addition, are rounded in another way
+    for other numbers of rows; seen on a Xeon with AMX).
     """
 
     def __init__(self, linear, outliers=()):
@@ -67,14 +107,14 @@ class Int8Linear(nn.Module):
             is_rounded = torch.ones(weight.size(1)).index_fill(0, outliers, 0.0)
             self.register_buffer("outliers", outliers, persistent=False)
             self.register_buffer("is_rounded", is_rounded, persistent=False)
-            self.register_buffer("outlier_weight", weight[:, outliers], persistent=False)
+            self.outlier_product = ExactProduct(weight[:, outliers])
             weight = weight * is_rounded
         weight, scale = quantize_rows(weight)
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self.int8 = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scale", scale / BYTE_LIMIT, persistent=False)
-        zero_points = torch.zeros(len(scale), dtype=torch.int32)
-        self.register_buffer("zero_points", zero_points, persistent=False)
+        zero_sum = 128.0 * weight.sum(dim=1, dtype=torch.int32)
+        self.register_buffer("zero_sum", zero_sum, persistent=False)
         if linear.bias is None:
             self.register_buffer("bias", torch.zeros(len(scale)), persistent=False)
         else:
@@ -82,24 +122,24 @@ class Int8Linear(nn.Module):
         self.register_buffer("zero_byte", torch.tensor(128.5), persistent=False)
 
     def forward(self, x):
-        x, y = x.float(), self.bias
+        x = x.float()
         if self.has_outliers:
-            y = F.linear(x.index_select(-1, self.outliers), self.outlier_weight, y)
+            outlier_y = self.outlier_product(x.index_select(-1, self.outliers))
             x = x * self.is_rounded
         largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
         # In a row of zeros 0 / 0 gives any bytes. Their products are multiplied by 0 at the end.
-        x_bytes = round_to_byte(x, largest, self.zero_byte)
-        products = torch.ops.onednn.qlinear_pointwise(
-            x_bytes, 1.0, 128, self.int8, self.scale, self.zero_points,
-            None, 1.0, 0, torch.float32, "none", [], "")
-        return torch.addcmul(y, products, largest)
+        y = multiply_bytes(round_to_byte(x, largest, self.zero_byte), self.int8)
+        y = y.sub_(self.zero_sum).mul_(self.scale).mul_(largest)
+        if self.has_outliers:
+            y = y.add_(outlier_y)
+        return y.add_(self.bias)
 
 
 class VnniLinear(nn.Module):
     """A linear layer with int8 weights, multiplied as whole numbers by this repository's kernel.
 
     The formula is that of Int8Linear, in one call from float32 to float32. Weights are padded to
-    PANEL outputs and GROUP inputs, and ordered as kernels/int8_linear.cpp reads them.
+    PANEL outputs and GROUP inputs, and ordered as int8/int8_linear.cpp reads them.
     """
 
     PANEL = 32  # outputs that the kernel computes at a time
@@ -169,7 +209,7 @@ def weight_only_product(x, weight, scale):
 
 @functools.cache
 def compiled_product(device):
-    """weight_only_product under torch.compile, or as it is where no compiler works."""
+    """weight_only_product under torch.compile, or as it is if no compiler works."""
     return compile_model(weight_only_product, device, dynamic=True)
 
 

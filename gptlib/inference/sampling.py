@@ -16,7 +16,7 @@ GREEDY_BELOW = 1e-6  # a lower temperature is greedy: logits divided by it would
 class SamplingParams:
     """How one sequence is continued, checked here for the command, Python, HTTP and the engine.
 
-    Raises UserError for a value out of range. Where no seed is given a random one is chosen, so
+    Raises UserError for a value out of range. If no seed is given a random one is chosen, so
     that every sample can be repeated.
     """
     max_length: int = setting(100, "new tokens at most, a sample", 1)
@@ -40,13 +40,13 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None,
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens; top_p keeps the smallest set of
     likeliest tokens whose mass reaches it (nucleus sampling, arXiv:1904.09751). Each row takes one
-    number from [0, 1): from noise (B, 1), or from the generator where there is no noise. Among
+    number from [0, 1): from noise (B, 1), or from the generator if noise is None. Among
     equal logits at the edge of what is kept it is not defined which ones are kept.
     """
     if temperature == 0:
         return likeliest(logits)
     use_top_p = top_p is not None and top_p < 1
-    ids = None  # the ids of the columns, where those are not all ids in order
+    ids = None  # the ids of the columns; None: all ids in order
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = k_likeliest(logits, top_k)
         probs = F.softmax(logits.float() / temperature, dim=-1)

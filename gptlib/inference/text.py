@@ -1,4 +1,4 @@
-"""Between text and tokens: encoding prompts, and decoding a request's tokens as they come."""
+"""Between text and tokens: encoding prompts, and decoding a sequence's tokens as they come."""
 
 import codecs
 
@@ -8,7 +8,7 @@ from gptlib.common import warn
 def encode_prompt(model, tokenizer, prompt):
     """The token ids of a text; those of an empty text are <|endoftext|>, the start of a document.
 
-    Warns where the text is longer than the model's context, and says where the rest begins.
+    Warns if the text is longer than the model's context, and says where the rest begins.
     """
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     n_cut = len(tokens) - model.config.block_size
@@ -20,13 +20,13 @@ def encode_prompt(model, tokenizer, prompt):
 
 
 def find_first(text, strings):
-    """Where the earliest of these strings begins in the text, or None where there is none."""
+    """Where the earliest of these strings begins in the text, or None if it has none."""
     positions = [text.find(string) for string in strings]
     return min((position for position in positions if position >= 0), default=None)
 
 
 def partial_match_length(text, strings):
-    """The length of the longest end of the text that may be the beginning of one of the strings."""
+    """How many characters at the end of the text may be the beginning of one of the strings."""
     longest = 0
     for string in strings:
         for length in range(1, len(string)):
@@ -36,15 +36,15 @@ def partial_match_length(text, strings):
 
 
 class TextStream:
-    """Iterate over a request's text as it is generated: whole characters, up to a stop string.
+    """Iterate over a sequence's text as it is generated: whole characters, up to a stop string.
 
-    stop: texts that end the continuation and are not part of it. step: what makes the engine go
-    on, where no other thread does. Afterwards `text` is the whole text, n_tokens the number of
-    tokens it took, and request.finish_reason says why it ended.
+    stop: texts that end the continuation and are not part of it. step: the engine's step, if no
+    other thread calls it. Afterwards `text` is the whole text, n_tokens the number of its tokens,
+    and sequence.finish_reason says why it ended.
     """
 
-    def __init__(self, request, tokenizer, stop=(), step=None):
-        self.request = request
+    def __init__(self, sequence, tokenizer, stop=(), step=None):
+        self.sequence = sequence
         self.tokenizer = tokenizer
         self.stop = [string for string in stop if string]
         self.step = step
@@ -66,7 +66,7 @@ class TextStream:
                 self.n_tokens += 1
             end = find_first(pending, self.stop)
             if end is not None:
-                self.request.finish_reason = "stop"  # the engine retires it at its next step
+                self.sequence.finish_reason = "stop"  # the engine retires it at its next step
                 is_last = True
             elif is_last:
                 end = len(pending)
@@ -79,6 +79,6 @@ class TextStream:
 
     def _next_token(self):
         """The next token id, or None at the end."""
-        while self.step and self.request.events.empty():
+        while self.step and self.sequence.events.empty():
             self.step()
-        return self.request.events.get()
+        return self.sequence.events.get()

@@ -1,7 +1,7 @@
 """The HTTP interface: request bodies, answers, errors and the OpenAPI description.
 
-The ranges of the sampling settings are those of gptlib.inference.sampling.SamplingParams; only the limits
-that are the server's own (how long, how many) are stated here.
+The ranges of the sampling settings are those of SamplingParams; only the limits that are the
+server's own (how long, how many) are stated here.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from gptlib.config import EXPECTED, describe_range, setting
 from gptlib.inference.sampling import SamplingParams
+from gptlib.serving import service
 
 VERSION = "1.0.0"
 
@@ -48,6 +49,25 @@ class ApiError(Exception):
         other = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = kinds.get(self.status, other)
         return dict(error=dict(message=self.message, type=kind, param=self.field, code=self.code))
+
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that hung up; only the metrics see it
+
+# status, code and Retry-After of what the service raises
+JOB_ERRORS = {
+    service.NotReady: dict(status=503, retry_after=2),
+    service.Closing: dict(status=503, retry_after=10),
+    service.TooManySequences: dict(status=400),
+    service.QueueFull: dict(status=429, code="queue_full", retry_after=1),
+    service.Disconnected: dict(status=CLIENT_CLOSED_REQUEST),
+    service.DeadlinePassed: dict(status=504),
+    service.ModelFailed: dict(status=500),
+}
+
+
+def job_error(error):
+    """The ApiError for a JobError of the service."""
+    return ApiError(message=str(error), **JOB_ERRORS[type(error)])
 
 
 def error_response(error):
@@ -87,7 +107,7 @@ def number_field(kind, default, low=None, high=None, above=None, note=""):
 def sampling_field(name, default, high=None, note=""):
     """The pydantic field for a setting of SamplingParams, with its range and its help.
 
-    high: the server's own upper limit, where SamplingParams has none.
+    high: the server's own upper limit, if SamplingParams has none.
     """
     declared = next(f for f in dataclasses.fields(SamplingParams) if f.name == name)
     known = declared.metadata
@@ -135,11 +155,9 @@ def sampling_body():
     return Sampling
 
 
-def generate_body(settings):
+def generate_body(prompt_limit, length_limit, capacity):
     """The body of /generate, as a pydantic model."""
     from pydantic import Field
-    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
-    capacity = settings.slots + settings.queue_size
 
     class Generate(sampling_body()):
         prompt: str = Field(
@@ -154,11 +172,9 @@ def generate_body(settings):
     return Generate
 
 
-def completion_body(settings):
+def completion_body(prompt_limit, length_limit, capacity):
     """The body of /v1/completions, as a pydantic model: OpenAI's fields."""
     from pydantic import Field
-    prompt_limit, length_limit = settings.max_prompt_length, settings.max_length_limit
-    capacity = settings.slots + settings.queue_size
 
     class StreamOptions(strict_body()):
         include_usage: bool | None = None
@@ -190,9 +206,13 @@ def completion_body(settings):
     return Completion
 
 
-def request_models(settings):
-    """The bodies of /generate and /v1/completions, as pydantic models."""
-    return generate_body(settings), completion_body(settings)
+def request_models(prompt_limit, length_limit, capacity):
+    """The bodies of /generate and /v1/completions, as pydantic models.
+
+    The limits: characters or token ids in a prompt, new tokens, sequences in a request.
+    """
+    limits = prompt_limit, length_limit, capacity
+    return generate_body(*limits), completion_body(*limits)
 
 
 def parse_body(model, data):
@@ -264,9 +284,9 @@ class GenerateAnswer:
         self.model_name = model_name
 
     def sample(self, index):
-        stream, request = self.job.streams[index], self.job.requests[index]
+        stream, sequence = self.job.streams[index], self.job.sequences[index]
         return dict(generated_text=self.prompt + stream.text, tokens_generated=stream.n_tokens,
-                    finish_reason=request.finish_reason, seed=request.seed)
+                    finish_reason=sequence.finish_reason, seed=sequence.seed)
 
     def events(self):
         """A dict for each piece of text, and a last one for each sample with all about it."""
@@ -277,8 +297,8 @@ class GenerateAnswer:
                 yield dict(index=index, text="", **self.sample(index))
 
     def build_body(self):
-        """The first sample, and the list of all samples where there are several."""
-        samples = [self.sample(index) for index in range(len(self.job.requests))]
+        """The first sample, and the list of all samples if there are several."""
+        samples = [self.sample(index) for index in range(len(self.job.sequences))]
         body = dict(prompt=self.prompt, **samples[0], model=self.model_name,
                     prompt_tokens=self.n_prompt_tokens)
         if len(samples) > 1:
@@ -324,7 +344,7 @@ class CompletionAnswer:
                 yield self.chunk(self.choice(index, text))
         for index, piece in self.job.pieces():
             has_ended = piece is None
-            finish_reason = self.job.requests[index].finish_reason if has_ended else None
+            finish_reason = self.job.sequences[index].finish_reason if has_ended else None
             yield self.chunk(self.choice(index, piece or "", finish_reason))
         if self.include_usage:
             yield dict(**self.head, choices=[], usage=self.usage())
@@ -333,18 +353,18 @@ class CompletionAnswer:
         choices = []
         for index, stream in enumerate(self.job.streams):
             text = self.echo[index] + stream.text
-            choices.append(self.choice(index, text, stream.request.finish_reason))
+            choices.append(self.choice(index, text, stream.sequence.finish_reason))
         return dict(**self.head, usage=self.usage(), choices=choices)
 
 
 def sse_stream(events):
-    """Events, dicts, as server-sent events; an ApiError on the way becomes the last event."""
+    """Events, dicts, as server-sent events; a JobError on the way becomes the last event."""
     try:
         for event in events:
             yield f"data: {json.dumps(event)}\n\n"
         yield "data: [DONE]\n\n"
-    except ApiError as error:
-        yield f"data: {json.dumps(error.body())}\n\n"
+    except service.JobError as error:
+        yield f"data: {json.dumps(job_error(error).body())}\n\n"
 
 
 # -----------------------------------------------------------------------------

@@ -4,18 +4,18 @@ import json
 import socket
 import time
 
-from gptlib.serving.api import ApiError
 from gptlib.common import UserError
+from gptlib.serving.api import ApiError
 
 
-def listen(settings):
-    """A listening socket. Raises UserError where the address is taken or not this machine's."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def listen(host, port):
+    """A listening socket. Raises UserError if the address is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), backlog=1024, family=family)
+        return socket.create_server((host, port), backlog=1024, family=family)
     except OSError as e:
-        hint = " (macOS has AirPlay Receiver on port 5000)" if settings.port == 5000 else ""
-        raise UserError(f"cannot listen on {settings.host} port {settings.port} ({e.strerror}): "
+        hint = " (macOS has AirPlay Receiver on port 5000)" if port == 5000 else ""
+        raise UserError(f"cannot listen on {host} port {port} ({e.strerror}): "
                         f"choose others with HOST and PORT{hint}") from e
 
 
@@ -41,15 +41,13 @@ def json_error_channel():
     return JsonErrorChannel
 
 
-def create_server(app, settings):
+def create_server(app, host, port, threads, max_body_size):
     """A waitress server around the app, already listening."""
     import waitress
-    # a thread for each sequence that is accepted, and spare ones that can always refuse more
-    threads = settings.slots + settings.queue_size + 8
     server = waitress.create_server(
-        app, sockets=[listen(settings)], threads=threads,
+        app, sockets=[listen(host, port)], threads=threads,
         channel_request_lookahead=1,  # read on while a request runs, to notice who disconnects
-        max_request_body_size=settings.max_body_size + 1,
+        max_request_body_size=max_body_size + 1,
         asyncore_use_poll=True, connection_limit=1000, log_socket_errors=False, ident="")
     server.channel_class = json_error_channel()
     return server
@@ -68,7 +66,7 @@ def wait_until_sent(server, seconds):
 def disconnect_check(environ):
     """A function that returns whether the client of this WSGI request has hung up.
 
-    Where the WSGI server gives no way to know, it always returns False.
+    It always returns False if the WSGI server gives no way to know.
     """
     if "waitress.client_disconnected" in environ:
         return environ["waitress.client_disconnected"]

@@ -5,17 +5,52 @@ import dataclasses
 import threading
 import time
 import traceback
-from pathlib import Path
 
-from gptlib.serving.api import ApiError
 from gptlib.common import log
 from gptlib.inference.engine import Engine
-from gptlib.runtime import use_one_thread_if_small
 from gptlib.inference.sampling import SamplingParams
 from gptlib.inference.text import TextStream
+from gptlib.runtime import use_one_thread_if_small
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that hung up; only the metrics see it
+
+# -----------------------------------------------------------------------------
+# why a job is refused, or ends before its text does; the routes give each a status
+
+
+class JobError(Exception):
+    """The base class. The message is for the client."""
+
+
+class NotReady(JobError):
+    """The model is still being loaded."""
+
+
+class Closing(JobError):
+    """No more jobs are accepted."""
+
+
+class TooManySequences(JobError):
+    """More sequences than fit at all."""
+
+
+class QueueFull(JobError):
+    """More sequences than fit now."""
+
+
+class Disconnected(JobError):
+    """The client has hung up."""
+
+
+class DeadlinePassed(JobError):
+    """The job took longer than it may."""
+
+
+class ModelFailed(JobError):
+    """The model raised an exception."""
+
+
+# -----------------------------------------------------------------------------
 
 
 class Metrics:
@@ -59,7 +94,7 @@ class Metrics:
         from prometheus_client import Gauge
         slots = Gauge("gpt2_slots", "Sequences that can be decoded at a time",
                       registry=self.registry)
-        slots.set_function(lambda: service.settings.slots)
+        slots.set_function(lambda: service.slots)
         slots_in_use = Gauge("gpt2_slots_in_use", "Sequences that are being decoded",
                              registry=self.registry)
         slots_in_use.set_function(lambda: service.occupancy()[0])
@@ -74,18 +109,18 @@ class Job:
     is_disconnected: a function that returns whether the client has hung up.
     """
 
-    def __init__(self, service, requests, stop, is_disconnected):
+    def __init__(self, service, sequences, stop, is_disconnected):
         self.service = service
-        self.requests = requests
+        self.sequences = sequences
         self.is_disconnected = is_disconnected
-        self.streams = [TextStream(r, service.tokenizer, stop) for r in requests]
+        self.streams = [TextStream(s, service.tokenizer, stop) for s in sequences]
         self.start = time.monotonic()
         self.has_first_token = False
 
     def pieces(self):
         """Yield (index, text) as text comes, and (index, None) at the end of each sequence.
 
-        The sequences take turns. Raises ApiError where one ends before its text does.
+        The sequences take turns. Raises JobError if one ends before its text does.
         """
         unfinished = {index: iter(stream) for index, stream in enumerate(self.streams)}
         while unfinished:
@@ -93,22 +128,22 @@ class Job:
                 piece = next(unfinished[index], None)
                 if piece is None:
                     del unfinished[index]
-                    self.check_finished(self.requests[index])
+                    self.check_finished(self.sequences[index])
                 yield index, piece
 
-    def check_finished(self, request):
-        """Raise ApiError for a request that was cancelled, timed out or failed."""
-        if request.finish_reason == "cancelled":
-            raise ApiError(CLIENT_CLOSED_REQUEST, "the client has disconnected")
-        if request.finish_reason == "timeout":
-            limit = self.service.settings.request_timeout
-            raise ApiError(504, f"not done within {limit:g} seconds (REQUEST_TIMEOUT)")
-        if request.finish_reason not in ("stop", "length"):
-            raise ApiError(500, "the model failed on this request; the server's log says why")
+    def check_finished(self, sequence):
+        """Raise JobError for a sequence that was cancelled, timed out or failed."""
+        if sequence.finish_reason == "cancelled":
+            raise Disconnected("the client has disconnected")
+        if sequence.finish_reason == "timeout":
+            limit = self.service.timeout
+            raise DeadlinePassed(f"not done within {limit:g} seconds (REQUEST_TIMEOUT)")
+        if sequence.finish_reason not in ("stop", "length"):
+            raise ModelFailed("the model failed on this request; the server's log says why")
 
     def note_first_token(self):
         """Record how long the first token took, once there is one."""
-        if not self.has_first_token and any(r.tokens for r in self.requests):
+        if not self.has_first_token and any(s.tokens for s in self.sequences):
             self.has_first_token = True
             self.service.metrics.first_token.observe(time.monotonic() - self.start)
 
@@ -120,30 +155,34 @@ class Job:
                 return
             service.jobs.remove(self)
         self.note_first_token()  # a short job may end before the engine's thread looks at it
-        for request in self.requests:
-            request.cancel()
-            if request.error:
-                traceback.print_exception(request.error)
-            service.metrics.sequences.labels(request.finish_reason).inc()
-            service.metrics.tokens.inc(len(request.tokens))
-            service.metrics.reused_tokens.inc(request.n_reused)
+        for sequence in self.sequences:
+            sequence.cancel()
+            if sequence.error:
+                traceback.print_exception(sequence.error)
+            service.metrics.sequences.labels(sequence.finish_reason).inc()
+            service.metrics.tokens.inc(len(sequence.tokens))
+            service.metrics.reused_tokens.inc(sequence.n_reused)
         service.wake.set()
 
 
 class Service:
     """The model, the thread that owns it, and the jobs it works on.
 
-    load_model(path, device, dtype) returns an object with .model, .tokenizer, .step and
-    .sample_prompt. status is "loading", "failed", "healthy", "draining" or "closed".
+    load() returns an object with .model, .tokenizer, .quantize, .step and .sample_prompt; name:
+    what clients call the model; timeout: seconds that a job may take; engine_options: more
+    arguments of Engine. status is "loading", "failed", "healthy", "draining" or "closed".
     """
 
-    def __init__(self, settings, load_model):
-        self.settings = settings
-        self.load_model = load_model
+    def __init__(self, load, name, slots=8, queue_size=64, timeout=300.0, **engine_options):
+        self.load = load
+        self.name = name
+        self.slots = slots
+        self.capacity = slots + queue_size  # sequences
+        self.timeout = timeout
+        self.engine_options = engine_options
         self.status = "loading"
-        self.error = None  # the exception, where loading has failed
+        self.error = None  # the exception, if loading has failed
         self.model = self.tokenizer = self.engine = None
-        self.name = ""  # what clients call the model
         self.about = {}  # what /health says about the model, once it is loaded
         self.created = int(time.time())
         self.jobs = set()
@@ -202,26 +241,19 @@ class Service:
             return True
 
     def _load(self):
-        settings = self.settings
-        loaded = self.load_model(settings.model_checkpoint, settings.device, settings.dtype)
+        loaded = self.load()
         model, tokenizer = loaded.model, loaded.tokenizer
         parameters = sum(p.numel() for p in model.parameters())
         use_one_thread_if_small(model)
-        engine = Engine(model, settings.slots, tokenizer.n_vocab, tokenizer.eot_token,
-                        settings.compile, prefill_chunk=settings.prefill_chunk,
-                        prefix_reuse=settings.prefix_reuse)
+        engine = Engine(model, self.slots, tokenizer.n_vocab, tokenizer.eot_token,
+                        **self.engine_options)
         engine.warm_up()
-        if settings.prefill_chunk == 0:
-            engine.choose_prefill_chunk()
-        # latest_checkpoint.pt is a link: the name is that of the file it leads to
-        checkpoint_name = Path(settings.model_checkpoint).resolve().stem
-        self.name = settings.model_name or checkpoint_name
         weight = model.lm_head.weight
         self.tokenizer, self.engine = tokenizer, engine
         self.about = dict(
             model=self.name, step=loaded.step, parameters=parameters,
             context=model.config.block_size, device=str(weight.device),
-            dtype=str(weight.dtype).removeprefix("torch."), quantize=settings.quantize,
+            dtype=str(weight.dtype).removeprefix("torch."), quantize=loaded.quantize,
             sample_prompt=loaded.sample_prompt)
         # the engine's copy: with the loaded model gone, weights that were packed are held once
         self.model = engine.model
@@ -231,10 +263,10 @@ class Service:
         now = time.monotonic()
         for job in list(self.jobs):
             job.note_first_token()
-            is_late = now - job.start > self.settings.request_timeout
+            is_late = now - job.start > self.timeout
             if is_late or job.is_disconnected():
-                for request in job.requests:
-                    request.cancel("timeout" if is_late else "cancelled")
+                for sequence in job.sequences:
+                    sequence.cancel("timeout" if is_late else "cancelled")
 
     def occupancy(self):
         """(sequences that have a slot, sequences that wait for one)."""
@@ -244,37 +276,32 @@ class Service:
         return len(engine.live) + (engine.filling is not None), len(engine.waiting)
 
     def check_open(self):
-        """Raise ApiError 503 unless requests are accepted."""
+        """Raise NotReady or Closing unless jobs are accepted."""
         if self.status == "loading":
-            message = "the model is still being loaded, try again in a moment"
-            raise ApiError(503, message, retry_after=2)
+            raise NotReady("the model is still being loaded, try again in a moment")
         if self.status != "healthy":
-            message = f"this server accepts no more requests, it is {self.status}"
-            raise ApiError(503, message, retry_after=10)
+            raise Closing(f"this server accepts no more requests, it is {self.status}")
 
-    def submit(self, prompts, field, stop, is_disconnected, **sampling):
+    def submit(self, prompts, stop, is_disconnected, **sampling):
         """Queue prompts, lists of token ids, as one Job; sequence i uses the seed `seed` + i.
 
-        field: the field of the body that sets how many there are, named in errors. sampling: the
-        fields of SamplingParams. Raises ApiError 400 for more sequences than fit at all, 429 for
-        more than fit now, 503 while loading or draining, and UserError for settings out of range.
+        sampling: the fields of SamplingParams. Raises a JobError if it cannot be accepted, and
+        UserError for settings out of range.
         """
         params = SamplingParams(**sampling)
-        capacity = self.settings.slots + self.settings.queue_size
-        if len(prompts) > capacity:
-            message = f"{field} makes {len(prompts)} sequences: expected at most {capacity}"
-            raise ApiError(400, message, field)
+        n = len(prompts)
+        if n > self.capacity:
+            raise TooManySequences(f"makes {n} sequences: expected at most {self.capacity}")
         with self.lock:
             self.check_open()
-            in_flight = sum(len(job.requests) for job in self.jobs)
-            if in_flight + len(prompts) > capacity:
-                message = "all slots are taken and the queue is full, try again in a moment"
-                raise ApiError(429, message, code="queue_full", retry_after=1)
-            requests = []
+            in_flight = sum(len(job.sequences) for job in self.jobs)
+            if in_flight + n > self.capacity:
+                raise QueueFull("all slots are taken and the queue is full, try again in a moment")
+            sequences = []
             for i, prompt in enumerate(prompts):
                 own = dataclasses.replace(params, seed=params.seed + i)
-                requests.append(self.engine.submit(prompt, own))
-            job = Job(self, requests, stop, is_disconnected)
+                sequences.append(self.engine.submit(prompt, own))
+            job = Job(self, sequences, stop, is_disconnected)
             self.jobs.add(job)
         self.metrics.prompt_tokens.inc(sum(len(prompt) for prompt in prompts))
         self.wake.set()

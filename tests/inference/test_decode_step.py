@@ -48,10 +48,10 @@ def cuda(monkeypatch):
 def test_graphs_give_the_tokens_of_the_uncached_model(model, cuda):
     """Guards against a graph that is replayed with old positions, or an early look at tokens."""
     engine = Engine(model, slots=3, n_vocab=N_VOCAB)
-    requests = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 1, 60, 9)]
+    sequences = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 1, 60, 9)]
     drain(engine)
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 50)
+    for sequence in sequences:
+        assert sequence.tokens == uncached(model, sequence.prompt, 50)
     assert engine.async_depth == 1
 
 
@@ -176,7 +176,7 @@ def test_warm_up_does_not_change_what_is_sampled(model, cuda):
     """Guards against positions or tokens that the warm-up leaves behind in the cache."""
     engine = Engine(model, slots=2, n_vocab=N_VOCAB)
     engine.warm_up()
-    requests = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 9)]
+    sequences = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 9)]
     drain(engine)
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 50)
+    for sequence in sequences:
+        assert sequence.tokens == uncached(model, sequence.prompt, 50)

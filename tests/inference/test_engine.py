@@ -14,7 +14,7 @@ from byte_model import (CONFIG, N_VOCAB, copy_of, drain, events_of, make_model, 
 
 from gptlib.common import UserError
 from gptlib.inference.engine import Engine
-from gptlib.inference.packing import can_pack, pack
+from gptlib.inference.kv_cache import Prefill
 from gptlib.inference.sampling import SamplingParams
 from train_gpt2 import GPT
 
@@ -40,10 +40,10 @@ def test_greedy_alone_equals_the_uncached_model(model, length, async_depth):
     """Guards against wrong positions, in the context and where it is rolled on past its end."""
     engine = Engine(model, slots=1, n_vocab=N_VOCAB, async_depth=async_depth)
     prompt, = prompts(length)
-    request = engine.submit(prompt, max_length=70, temperature=0)
+    sequence = engine.submit(prompt, max_length=70, temperature=0)
     drain(engine)
-    assert request.tokens == uncached(model, prompt, 70)
-    assert request.finish_reason == "length"
+    assert sequence.tokens == uncached(model, prompt, 70)
+    assert sequence.finish_reason == "length"
 
 
 @both_depths
@@ -61,9 +61,9 @@ def test_greedy_among_others_equals_the_uncached_model(model, async_depth):
         if i % 3 == 0:
             others[-1].cancel()
     drain(engine)
-    for request in greedy:
-        assert request.tokens == uncached(model, request.prompt, request.max_length)
-    assert {request.finish_reason for request in others} == {"length", "cancelled"}
+    for sequence in greedy:
+        assert sequence.tokens == uncached(model, sequence.prompt, sequence.max_length)
+    assert {sequence.finish_reason for sequence in others} == {"length", "cancelled"}
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3])
@@ -71,9 +71,9 @@ def test_the_smallest_contexts_work(block_size):
     """Guards against half a context of no tokens, and against positions past its end."""
     model = GPT(dataclasses.replace(CONFIG, block_size=block_size)).eval()
     engine = Engine(model, slots=2)
-    requests = [engine.submit([3], max_length=9), engine.submit([4, 5, 6, 7], max_length=9)]
+    sequences = [engine.submit([3], max_length=9), engine.submit([4, 5, 6, 7], max_length=9)]
     drain(engine)
-    assert [len(request.tokens) for request in requests] == [9, 9]
+    assert [len(sequence.tokens) for sequence in sequences] == [9, 9]
 
 
 def test_padded_ids_are_never_sampled(model):
@@ -83,10 +83,10 @@ def test_padded_ids_are_never_sampled(model):
     tokens = []
     for setting in settings:
         engine = Engine(model, slots=2, n_vocab=N_VOCAB)
-        requests = [engine.submit([i], max_length=60, **setting) for i in range(4)]
+        sequences = [engine.submit([i], max_length=60, **setting) for i in range(4)]
         drain(engine)
-        for request in requests:
-            tokens += request.tokens
+        for sequence in sequences:
+            tokens += sequence.tokens
     assert max(tokens) < N_VOCAB
 
 
@@ -94,9 +94,9 @@ def test_tiny_temperatures_give_greedy_text(model):
     """Guards against logits that overflow where the temperature is almost 0."""
     engine = Engine(model, slots=2, n_vocab=N_VOCAB)
     temperatures = (0, 1e-39, 1e-300)
-    requests = [engine.submit([7], max_length=20, temperature=t) for t in temperatures]
+    sequences = [engine.submit([7], max_length=20, temperature=t) for t in temperatures]
     drain(engine)
-    assert [request.tokens for request in requests] == [uncached(model, [7], 20)] * 3
+    assert [sequence.tokens for sequence in sequences] == [uncached(model, [7], 20)] * 3
 
 
 def test_one_forward_pass_a_token_and_one_a_prompt(model, monkeypatch):
@@ -124,14 +124,14 @@ def test_submit_takes_params_or_settings(model):
     """Guards against two ways in that sample differently."""
     engine = Engine(model, slots=2, n_vocab=N_VOCAB)
     settings = dict(max_length=20, temperature=0.7, top_k=50, top_p=0.8, seed=3)
-    requests = [engine.submit([1], SamplingParams(**settings)), engine.submit([1], **settings)]
+    sequences = [engine.submit([1], SamplingParams(**settings)), engine.submit([1], **settings)]
     drain(engine)
-    assert requests[0].tokens == requests[1].tokens
-    assert len(requests[0].tokens) == 20
+    assert sequences[0].tokens == sequences[1].tokens
+    assert len(sequences[0].tokens) == 20
 
 
 def test_submit_refuses_settings_out_of_range(model):
-    """Guards against a request that fails in the engine's thread in place of its caller's."""
+    """Guards against a sequence that fails in the engine's thread in place of its caller's."""
     engine = Engine(model, slots=1)
     with pytest.raises(UserError, match="temperature is 3.0: expected 0.0 to 2.0"):
         engine.submit([1], temperature=3.0)
@@ -148,11 +148,11 @@ def test_a_seed_gives_one_sample_whoever_is_beside_it(model, settings):
             engine.submit(prompts(3 + i)[0], max_length=10 + 3 * i,
                           temperature=0.5 + 0.5 * (i % 3), seed=i)
         engine.step()
-        request = engine.submit(prompts(6)[0], max_length=40, seed=1234, **settings)
+        sequence = engine.submit(prompts(6)[0], max_length=40, seed=1234, **settings)
         for i in range(n_neighbours):
             engine.submit(prompts(6)[0], max_length=20, seed=i)
         drain(engine)
-        return request.tokens
+        return sequence.tokens
 
     alone = sample(1, 0)
     assert sample(4, 1) == alone
@@ -166,7 +166,7 @@ def test_a_random_seed_repeats_the_sample(model):
     engine = Engine(model, slots=1, n_vocab=N_VOCAB)
     first = [engine.submit([1], max_length=20) for _ in range(3)]
     drain(engine)
-    assert len({tuple(request.tokens) for request in first}) == 3
+    assert len({tuple(sequence.tokens) for sequence in first}) == 3
     again = engine.submit([1], max_length=20, seed=first[1].seed)
     drain(engine)
     assert again.tokens == first[1].tokens
@@ -175,9 +175,9 @@ def test_a_random_seed_repeats_the_sample(model):
 def test_samples_have_the_models_probabilities(model):
     """Guards against a bias between logits and samples."""
     engine = Engine(model, slots=50, n_vocab=N_VOCAB)
-    requests = [engine.submit([65, 66], max_length=1, seed=i) for i in range(3000)]
+    sequences = [engine.submit([65, 66], max_length=1, seed=i) for i in range(3000)]
     drain(engine)
-    tokens = torch.tensor([request.tokens[0] for request in requests])
+    tokens = torch.tensor([sequence.tokens[0] for sequence in sequences])
     counts = torch.bincount(tokens, minlength=N_VOCAB) / 3000
     expected = model(torch.tensor([[65, 66]]))[0][0, -1, :N_VOCAB].softmax(-1)
     torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
@@ -193,11 +193,11 @@ def test_the_stop_token_ends_a_sequence(model, async_depth):
     expected = uncached(model, [7], 30)
     stop = next(t for i, t in enumerate(expected) if i > 2 and t not in expected[:i])
     engine = Engine(model, slots=2, n_vocab=N_VOCAB, stop_token=stop, async_depth=async_depth)
-    request = engine.submit([7], max_length=30, temperature=0)
+    sequence = engine.submit([7], max_length=30, temperature=0)
     follower = engine.submit([7, 8], max_length=5)
     drain(engine)
-    assert request.tokens == expected[:expected.index(stop)]
-    assert request.finish_reason == "stop"
+    assert sequence.tokens == expected[:expected.index(stop)]
+    assert sequence.finish_reason == "stop"
     assert follower.finish_reason in ("length", "stop")
 
 
@@ -217,16 +217,16 @@ def test_cancelling_frees_the_slot_before_the_next_token(model):
     assert len(first.tokens) == 6
     assert second.tokens
     drain(engine)
-    requests = (first, second, third)
-    reasons = [request.finish_reason for request in requests]
+    sequences = (first, second, third)
+    reasons = [sequence.finish_reason for sequence in sequences]
     assert reasons == ["cancelled", "length", "cancelled"]
-    for request in requests:
-        assert events_of(request) == request.tokens
-        assert request.events.empty()
+    for sequence in sequences:
+        assert events_of(sequence) == sequence.tokens
+        assert sequence.events.empty()
 
 
 def test_a_cancelled_waiting_request_leaves_the_queue(model):
-    """Guards against a reader that waits for a request which nobody will ever admit."""
+    """Guards against a reader that waits for a sequence which nobody will ever admit."""
     engine = Engine(model, slots=1, n_vocab=N_VOCAB)
     first, second, third = (engine.submit([i], max_length=20) for i in range(3))
     engine.step()
@@ -247,12 +247,12 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(model, monkeypatch, wher
     hidden = GPT.hidden
     rolling = False  # long after the prefill of the prompts
 
-    def fragile(self, idx, cache=None, pos=None):
-        is_prefill = pos is None
+    def fragile(self, idx, attention):
+        is_prefill = isinstance(attention, Prefill)
         fails = {"prefill": is_prefill, "decode": not is_prefill, "roll": is_prefill and rolling}
         if POISON in idx and fails[where]:
             raise RuntimeError("no memory left for this one")
-        return hidden(self, idx, cache, pos)
+        return hidden(self, idx, attention)
 
     good = [p for p in prompts(5, 20, 9, 24) if POISON not in p]
     expected = [uncached(model, p, 40) for p in good]
@@ -260,10 +260,10 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(model, monkeypatch, wher
         assert POISON not in prompt + tokens
     monkeypatch.setattr(GPT, "hidden", fragile)
     engine = Engine(model, slots=3, n_vocab=N_VOCAB, async_depth=async_depth)
-    requests = [engine.submit(p, max_length=40, temperature=0) for p in good[:2]]
+    sequences = [engine.submit(p, max_length=40, temperature=0) for p in good[:2]]
     bad_prompt = [1, 2, 3] if where == "decode" else [1] * 15 + [POISON]
     poisoned = engine.submit(bad_prompt, max_length=40, temperature=0)
-    requests += [engine.submit(p, max_length=40, temperature=0) for p in good[2:]]
+    sequences += [engine.submit(p, max_length=40, temperature=0) for p in good[2:]]
     for i in range(300):
         rolling = i > 2
         if where == "decode" and i == 3:
@@ -273,7 +273,7 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(model, monkeypatch, wher
     assert poisoned.finish_reason == "error"
     assert "no memory" in str(poisoned.error)
     assert events_of(poisoned) == poisoned.tokens
-    assert [request.tokens for request in requests] == expected
+    assert [sequence.tokens for sequence in sequences] == expected
     assert not engine.live
     assert not engine.waiting
     assert not engine.pending
@@ -283,15 +283,15 @@ def test_a_failing_sequence_leaves_its_neighbours_alone(model, monkeypatch, wher
 def test_after_abort_waiting_requests_are_served(model, async_depth):
     """Guards against an engine that is unusable after one failed step."""
     engine = Engine(model, slots=2, n_vocab=N_VOCAB, async_depth=async_depth)
-    requests = [engine.submit([i + 1], max_length=10, temperature=0) for i in range(3)]
+    sequences = [engine.submit([i + 1], max_length=10, temperature=0) for i in range(3)]
     for _ in range(3):
         engine.step()
     engine.abort(RuntimeError("the device is lost"))
-    assert [request.finish_reason for request in requests] == ["error", "error", None]
+    assert [sequence.finish_reason for sequence in sequences] == ["error", "error", None]
     drain(engine)
-    assert requests[2].tokens == uncached(model, [3], 10)
-    for request in requests:
-        assert request.events.get(timeout=1) is not None
+    assert sequences[2].tokens == uncached(model, [3], 10)
+    for sequence in sequences:
+        assert sequence.events.get(timeout=1) is not None
 
 
 def test_requests_of_many_threads_are_served_by_one(model):
@@ -300,9 +300,9 @@ def test_requests_of_many_threads_are_served_by_one(model):
     results, closing = {}, threading.Event()
 
     def ask(i):
-        request = engine.submit([i + 1], max_length=20, seed=i)
-        events = list(iter(request.events.get, None))
-        results[i] = events, request.tokens
+        sequence = engine.submit([i + 1], max_length=20, seed=i)
+        events = list(iter(sequence.events.get, None))
+        results[i] = events, sequence.tokens
 
     def work():
         while not closing.is_set():
@@ -318,10 +318,10 @@ def test_requests_of_many_threads_are_served_by_one(model):
     worker.join(30)
     alone = Engine(model, slots=1, n_vocab=N_VOCAB)
     for i in range(12):
-        request = alone.submit([i + 1], max_length=20, seed=i)
+        sequence = alone.submit([i + 1], max_length=20, seed=i)
         drain(alone)
         events, tokens = results[i]
-        assert tokens == request.tokens
+        assert tokens == sequence.tokens
         assert events == tokens
 
 
@@ -329,25 +329,14 @@ def test_requests_of_many_threads_are_served_by_one(model):
 # bfloat16, compiled, CUDA
 
 
-def test_packed_bfloat16_weights_are_the_same_function(model):
-    """Guards against a packed layout that computes something else."""
-    if not can_pack(torch.bfloat16):
-        pytest.skip("this CPU or this torch has no bfloat16 kernels of oneDNN")
-    half = copy_of(model).to(torch.bfloat16)
-    idx = torch.tensor(prompts(24, 24))
-    expected = half(idx)[0].float()
-    found = pack(half)(idx)[0].float()
-    torch.testing.assert_close(found, expected, atol=0.05 * expected.std().item(), rtol=0.05)
-
-
 def test_bfloat16_greedy_follows_float32(model):
     """Guards against low precision that does more than decide near-ties differently."""
     engine = Engine(copy_of(model).to(torch.bfloat16), slots=2, n_vocab=N_VOCAB)
-    requests = [engine.submit(p, max_length=40, temperature=0) for p in prompts(5, 20)]
+    sequences = [engine.submit(p, max_length=40, temperature=0) for p in prompts(5, 20)]
     drain(engine)
-    for request in requests:
-        tokens = request.prompt + request.tokens
-        for i in range(len(request.prompt), CONFIG.block_size):
+    for sequence in sequences:
+        tokens = sequence.prompt + sequence.tokens
+        for i in range(len(sequence.prompt), CONFIG.block_size):
             logits = model(torch.tensor([tokens[:i]]))[0][0, -1, :N_VOCAB]
             assert logits.max() - logits[tokens[i]] < 0.1 * logits.std()
 
@@ -362,10 +351,10 @@ def test_each_compiled_engine_has_its_own_weights(model, capsys):
         if "torch.compile does not work here" in warning:
             pytest.skip(warning)
         engine.warm_up()
-        requests = [engine.submit(p, max_length=30, temperature=0) for p in prompts(5, 24, 1)]
+        sequences = [engine.submit(p, max_length=30, temperature=0) for p in prompts(5, 24, 1)]
         drain(engine)
-        for request in requests:
-            assert request.tokens == uncached(m, request.prompt, 30)
+        for sequence in sequences:
+            assert sequence.tokens == uncached(m, sequence.prompt, 30)
 
 
 @pytest.mark.gpu
@@ -380,8 +369,8 @@ def test_a_gpu_gives_the_same_tokens_by_its_graphs(model, slots, compile):
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     engine = Engine(copy_of(model).to(device), slots, n_vocab=N_VOCAB, compile=compile)
     engine.warm_up()
-    requests = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 1, 60, 9)]
+    sequences = [engine.submit(p, max_length=50, temperature=0) for p in prompts(5, 24, 1, 60, 9)]
     drain(engine)
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 50)
+    for sequence in sequences:
+        assert sequence.tokens == uncached(model, sequence.prompt, 50)
     assert engine.decode_step.graphs

@@ -12,7 +12,7 @@ import torch
 from byte_model import CONFIG, N_VOCAB, drain, make_model, prompts, uncached
 
 from gptlib.inference.kv_cache import KVCache
-from gptlib.inference import prefix_cache as slots
+from gptlib.inference import prefix_cache
 from gptlib.inference.engine import PASS_COST, Engine
 from train_gpt2 import GPT
 
@@ -57,12 +57,12 @@ def plant_garbage(engine):
 
 def check_contents(engine, model):
     """Compare the keys and values that are kept with those of a pass over their tokens."""
-    for slot, content in enumerate(engine.contents.contents):
+    for slot, content in enumerate(engine.prefixes.contents):
         tokens = content.tokens() if content and slot >= len(engine.live) else []
         if not tokens:
             continue
         cache = KVCache.of_model(model, 1)
-        model.hidden(torch.tensor([tokens]), cache)
+        model.hidden(torch.tensor([tokens]), cache.from_start())
         kept = engine.cache.narrow(slot, 1, len(tokens))
         expected = cache.narrow(0, 1, len(tokens))
         torch.testing.assert_close(kept.keys, expected.keys, atol=1e-4, rtol=1e-4)
@@ -77,47 +77,47 @@ def random_prompt(rng):
 
 
 def run_schedule(engine, model, rng):
-    """Random joins, leaves and cancellations; returns the requests."""
-    requests = []
+    """Random joins, leaves and cancellations; returns the sequences."""
+    sequences = []
     for _ in range(14):
         for _ in range(rng.randrange(3)):
             n_samples = rng.choice([1, 1, 1, 3])
             prompt, length = random_prompt(rng), rng.randrange(1, 45)
             for _ in range(n_samples):
-                requests.append(engine.submit(prompt, max_length=length, temperature=0))
+                sequences.append(engine.submit(prompt, max_length=length, temperature=0))
         for _ in range(rng.randrange(9)):
             engine.step()
-        if rng.random() < 0.3 and requests:
-            rng.choice(requests).cancel()
+        if rng.random() < 0.3 and sequences:
+            rng.choice(sequences).cancel()
         if rng.random() < 0.05:
             engine.abort(RuntimeError("a failed step"))
         if rng.random() < 0.3:
             check_contents(engine, model)
     drain(engine)
-    return requests
+    return sequences
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_schedule_gives_the_uncached_tokens(model, monkeypatch, seed):
-    """Guards against a chunk at a wrong position, and another request's keys and values."""
+    """Guards against a chunk at a wrong position, and another sequence's keys and values."""
     rng = random.Random(seed)
     expected = functools.cache(lambda prompt: uncached(model, list(prompt), 45))
-    monkeypatch.setattr(slots, "MIN_SHARED", rng.choice([1, 4]))
+    monkeypatch.setattr(prefix_cache, "MIN_SHARED", rng.choice([1, 4]))
     engine = Engine(model, rng.randrange(1, 6), n_vocab=N_VOCAB, async_depth=seed % 2,
-                    prefill_chunk=rng.choice([1, 2, 5, 11, None]), prefix_reuse=seed % 4 != 3)
+                    prefill_chunk=rng.choice([0, 1, 2, 5, 11]), prefix_reuse=seed % 4 != 3)
     # as on CUDA: rows of a step that no sequence has write into slots too
     engine.decode_step.fixed_shapes = seed % 3 != 0
     plant_garbage(engine)
-    requests = run_schedule(engine, model, rng)
-    for request in requests:
-        tokens = expected(tuple(request.prompt))[:request.max_length]
-        assert request.tokens == tokens[:len(request.tokens)]
-        assert request.ended
-        if request.finish_reason == "length":
-            assert request.tokens == tokens
-    assert [request.finish_reason for request in requests].count("length") > 5
-    if engine.contents.keep:
-        assert sum(request.n_reused for request in requests) > 0
+    sequences = run_schedule(engine, model, rng)
+    for sequence in sequences:
+        tokens = expected(tuple(sequence.prompt))[:sequence.max_length]
+        assert sequence.tokens == tokens[:len(sequence.tokens)]
+        assert sequence.ended
+        if sequence.finish_reason == "length":
+            assert sequence.tokens == tokens
+    assert [sequence.finish_reason for sequence in sequences].count("length") > 5
+    if engine.prefixes.keep:
+        assert sum(sequence.n_reused for sequence in sequences) > 0
 
 
 # -----------------------------------------------------------------------------
@@ -168,11 +168,11 @@ def test_a_prompt_with_no_one_else_is_read_at_once(long_model, passes):
 def test_a_rolled_context_is_read_in_chunks_too(model, passes):
     """Guards against streams that wait while another one starts on its next half context."""
     engine = Engine(model, slots=2, n_vocab=N_VOCAB, prefill_chunk=4)
-    requests = [engine.submit(p, max_length=60, temperature=0) for p in prompts(3, 11)]
+    sequences = [engine.submit(p, max_length=60, temperature=0) for p in prompts(3, 11)]
     drain(engine)
     assert max(n for rows, n in passes if (rows, n) not in ((1, 3), (1, 12))) <= 4
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 60)
+    for sequence in sequences:
+        assert sequence.tokens == uncached(model, sequence.prompt, 60)
 
 
 def test_a_cancelled_newcomer_leaves_between_chunks(long_model):
@@ -182,7 +182,7 @@ def test_a_cancelled_newcomer_leaves_between_chunks(long_model):
     engine.step()
     newcomer = engine.submit(prompts(250)[0], max_length=5)
     engine.step()
-    assert engine.filling.request is newcomer
+    assert engine.filling.sequence is newcomer
     newcomer.cancel()
     engine.step()
     assert engine.filling is None
@@ -196,8 +196,8 @@ def test_a_failed_prompt_is_nobodys_twin(model, monkeypatch):
     """Guards against samples of a prompt whose slot a failing prompt has written into."""
     hidden = GPT.hidden
 
-    def fragile(self, idx, cache, *args):
-        x = hidden(self, idx, cache, *args)
+    def fragile(self, idx, *args):
+        x = hidden(self, idx, *args)
         if 99 in idx:  # after it has filled the cache
             raise RuntimeError("no memory left for this one")
         return x
@@ -214,18 +214,18 @@ def test_a_failed_prompt_is_nobodys_twin(model, monkeypatch):
 def test_after_abort_nothing_is_reused(long_model):
     """Guards against keys and values that a failed step has left half moved or half written."""
     engine = Engine(long_model, slots=3)
-    requests = [engine.submit([i + 1] * 100, max_length=5) for i in range(2)]
+    sequences = [engine.submit([i + 1] * 100, max_length=5) for i in range(2)]
     drain(engine)
-    requests.append(engine.submit([9] * 100, max_length=50))
+    sequences.append(engine.submit([9] * 100, max_length=50))
     engine.step()
     engine.abort(RuntimeError("the device is lost"))
-    again = [engine.submit(request.prompt, max_length=2) for request in requests]
+    again = [engine.submit(sequence.prompt, max_length=2) for sequence in sequences]
     drain(engine)
-    assert [request.n_reused for request in again] == [0, 0, 0]
-    assert [request.finish_reason for request in again] == ["length"] * 3
+    assert [sequence.n_reused for sequence in again] == [0, 0, 0]
+    assert [sequence.finish_reason for sequence in again] == ["length"] * 3
 
 
-@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("chunk", [0, 5])
 def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
     """Guards against an engine that reads a failing prompt for ever, or keeps half of it."""
     hidden = GPT.hidden
@@ -235,7 +235,7 @@ def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
             raise RuntimeError("no memory left for this one")
         return hidden(self, idx, *args)
 
-    monkeypatch.setattr(slots, "MIN_SHARED", 1)
+    monkeypatch.setattr(prefix_cache, "MIN_SHARED", 1)
     engine = Engine(model, slots=2, n_vocab=N_VOCAB, prefill_chunk=chunk)
     other = engine.submit([1], max_length=15, temperature=0)
     engine.step()
@@ -251,116 +251,6 @@ def test_a_chunk_that_fails_ends_its_request_alone(model, monkeypatch, chunk):
     assert follower.n_reused == 0
     assert follower.tokens == uncached(model, follower.prompt, 5)
     assert other.tokens == uncached(model, [1], 15)
-
-
-def test_the_measured_chunk_takes_one_step_at_most(long_model, monkeypatch):
-    """Guards against a chunk that takes two steps: with the step itself others wait for three."""
-    engine = Engine(long_model, slots=8)
-    engine.warm_up()
-    work = []
-    seconds_a_token = 0.001
-
-    def step(*args):
-        work.append(0.0725)
-
-    def read(tokens, start, end, slot):
-        work.append((end - start) * seconds_a_token)
-
-    monkeypatch.setattr(engine.decode_step, "run", step)
-    monkeypatch.setattr(engine, "_read", read)
-    monkeypatch.setattr("gptlib.inference.engine.time.perf_counter", lambda: sum(work))
-    engine.choose_prefill_chunk()
-    assert engine.prefill_chunk == 72
-    seconds_a_token = 0.02  # even 16 tokens take longer than the step
-    engine.choose_prefill_chunk()
-    assert engine.prefill_chunk == 16
-    seconds_a_token = 0  # as on a GPU where nothing but launches counts
-    engine.choose_prefill_chunk()
-    assert engine.prefill_chunk == 150
-
-
-class Machine:
-    """A clock that only the model's passes move on, and what it takes to read `tokens`."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        self.step_seconds = 0.040
-        self.slowness = 1.0  # of reading
-        hidden = GPT.hidden
-
-        def timed(model, idx, cache=None, pos=None, mask=None):
-            if idx.size(1) == 1:
-                self.now += self.step_seconds
-            else:
-                end = idx.size(1) if pos is None else pos.max().item() + 1
-                self.now += self.slowness * (0.004 + idx.size(1) * (0.0003 + 0.0000004 * end))
-            return hidden(model, idx, cache, pos, mask)
-
-        monkeypatch.setattr(GPT, "hidden", timed)
-        monkeypatch.setattr("gptlib.inference.engine.time.perf_counter", lambda: self.now)
-
-
-def gaps_beside(engine, machine, newcomer):
-    """The times of the steps until a newcomer has its first token."""
-    gaps = []
-    while not newcomer.tokens:
-        start = machine.now
-        engine.step()
-        gaps.append(machine.now - start)
-    return gaps
-
-
-@pytest.mark.parametrize("slowness, n_chunks", [(0.5, range(2, 4)), (1.0, range(3, 6)),
-                                                (2.0, range(6, 11))])
-def test_no_gap_is_longer_than_two_usual_ones(long_model, monkeypatch, slowness, n_chunks):
-    """Guards against streams that wait three of their tokens for each chunk of a newcomer's.
-
-    The machine is another one than when the chunk was measured, as one is that others share.
-    """
-    machine = Machine(monkeypatch)
-    engine = Engine(long_model, slots=8)
-    engine.warm_up()
-    engine.choose_prefill_chunk()
-    machine.slowness = slowness
-    streams = [engine.submit([i + 1], max_length=290) for i in range(7)]
-    while not streams[-1].tokens:
-        engine.step()
-    first, *others = [engine.submit(prompt, max_length=4) for prompt in prompts(250, 250, 250)]
-    gaps_beside(engine, machine, first)  # from it the engine learns how slow the machine is
-    for newcomer in others:
-        gaps = gaps_beside(engine, machine, newcomer)
-        assert max(gaps) <= 2 * machine.step_seconds
-        assert len([gap for gap in gaps if gap > 1.01 * machine.step_seconds]) in n_chunks
-    assert len(streams[0].tokens) > 10
-
-
-def test_a_slower_step_leaves_more_time_to_read(long_model, monkeypatch):
-    """Guards against a chunk as small as one sequence's step allows, while eight are running."""
-    machine = Machine(monkeypatch)
-    engine = Engine(long_model, slots=8)
-    engine.choose_prefill_chunk()
-    engine.submit([1], max_length=290)
-    chunks = []
-    for seconds, prompt in zip((0.020, 0.060), prompts(250, 251), strict=True):
-        machine.step_seconds = seconds
-        for _ in range(9):
-            engine.step()
-        gaps = gaps_beside(engine, machine, engine.submit(prompt, max_length=4))
-        assert max(gaps) <= 2 * seconds
-        chunks.append(len(gaps))
-    assert chunks[1] <= chunks[0] / 2
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 31, 32])
-def test_short_contexts_can_be_measured(block_size):
-    """Guards against a measurement that reads tokens before the first."""
-    config = dataclasses.replace(CONFIG, block_size=block_size)
-    engine = Engine(GPT(config).eval(), slots=2)
-    engine.choose_prefill_chunk()
-    assert 1 <= engine.prefill_chunk <= block_size
-    request = engine.submit([1] * 40, max_length=3)
-    drain(engine)
-    assert len(request.tokens) == 3
 
 
 # -----------------------------------------------------------------------------
@@ -381,21 +271,21 @@ def test_a_beginning_in_the_cache_is_read_once(long_model, passes):
     assert prefills == [(1, 202), (1, 3)]
     assert (live.n_reused, while_live.n_reused) == (200, 200)
     plain = Engine(long_model, slots=3, prefix_reuse=False)
-    for request in (live, while_live):
-        expected = plain.submit(request.prompt, max_length=20, temperature=0)
+    for sequence in (live, while_live):
+        expected = plain.submit(sequence.prompt, max_length=20, temperature=0)
         drain(plain)
         assert expected.n_reused == 0
-        assert request.tokens == expected.tokens
+        assert sequence.tokens == expected.tokens
 
 
 def test_more_samples_than_slots_read_the_prompt_once(long_model, passes):
     """Guards against num_samples that read their prompt again for each round of slots."""
     engine = Engine(long_model, slots=2)
     prompt = prompts(100)[0]
-    requests = [engine.submit(prompt, max_length=4 + i, seed=i) for i in range(7)]
+    sequences = [engine.submit(prompt, max_length=4 + i, seed=i) for i in range(7)]
     drain(engine)
     assert [shape for shape in passes if shape[1] > 1] == [(1, 100)]
-    assert sum(request.n_reused for request in requests) >= 6 * 99
+    assert sum(sequence.n_reused for sequence in sequences) >= 6 * 99
 
 
 def test_a_conversation_goes_on_from_the_last_answer(long_model, passes):
@@ -415,17 +305,17 @@ def test_the_least_recently_used_is_given_up(long_model):
     system, *others = prompts(60, 61, 62, 63, 64, 65)
     for other in others:
         for prompt in ([*system, 1], other):
-            request = engine.submit(prompt, max_length=5)
+            sequence = engine.submit(prompt, max_length=5)
             drain(engine)
             if prompt is not other and other is not others[0]:
-                assert request.n_reused == 60
-    content = [held.tokens()[:60] for held in engine.contents.contents]
+                assert sequence.n_reused == 60
+    content = [held.tokens()[:60] for held in engine.prefixes.contents]
     assert system in content
     assert others[-1][:60] in content
 
 
 def test_prefix_reuse_takes_no_memory(long_model):
-    """Guards against a cache of beginnings that grows with the requests."""
+    """Guards against a cache of beginnings that grows with the sequences."""
     engine = Engine(long_model, slots=2)
     n_bytes = sum(tensor.nbytes for tensor in engine.cache.keys + engine.cache.values)
     shape = (2, CONFIG.n_head, 300, CONFIG.n_embd // CONFIG.n_head)
@@ -433,9 +323,9 @@ def test_prefix_reuse_takes_no_memory(long_model):
     for i in range(20):
         engine.submit([i] * 100, max_length=3)
     drain(engine)
-    tensors = engine.contents.cache.keys + engine.contents.cache.values
+    tensors = engine.prefixes.cache.keys + engine.prefixes.cache.values
     assert sum(tensor.nbytes for tensor in tensors) == n_bytes == 2 * CONFIG.n_layer * one
-    assert len(engine.contents.contents) == 2
+    assert len(engine.prefixes.contents) == 2
 
 
 def test_without_reuse_nothing_is_kept(long_model, passes):
@@ -445,4 +335,4 @@ def test_without_reuse_nothing_is_kept(long_model, passes):
         engine.submit(prompts(100)[0], max_length=4)
         drain(engine)
     assert [shape for shape in passes if shape[1] > 1] == [(1, 100)] * 2
-    assert engine.contents.contents == [None, None]
+    assert engine.prefixes.contents == [None, None]

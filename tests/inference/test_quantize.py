@@ -131,6 +131,53 @@ def test_a_row_depends_on_no_other(kind):
     assert torch.equal(together[1, 2], layer.bias), "zeros give the bias"
 
 
+@pytest.fixture
+def int8_linear(monkeypatch):
+    """The class Int8Linear over an exact product, for a CPU whose own is not."""
+    def multiply(x_bytes, weight):
+        # rows and terms in an order that depends on the number of rows, as another kernel's would
+        K = weight.size(1)
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(len(x_bytes)))
+        x_bytes, weight = x_bytes[..., order], weight[:, order]
+        return (x_bytes.long() @ weight.t().long()).float()
+
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda weight, _: weight.clone())
+    monkeypatch.setattr(quantize, "multiply_bytes", multiply)
+    return Int8Linear
+
+
+@pytest.mark.parametrize("n_outliers", [0, 1, 16])
+def test_a_row_depends_on_no_other_on_any_cpu(int8_linear, n_outliers):
+    """Guards against a product with scales, or an order of sums, that a library chooses by the
+    number of rows: with those a sample depended on its neighbours on a CPU with AMX.
+    """
+    linear = random_linear(K=768, N=100)
+    layer = int8_linear(linear, range(n_outliers))
+    x = torch.randn(18, 768) * 10.0 ** torch.arange(-9, 9)[:, None]
+    x[:, :n_outliers] *= 1000
+    together = layer(x)
+    for i in range(18):
+        assert torch.equal(layer(x[i:i + 1])[0], together[i]), f"row {i}"
+        assert torch.equal(layer(x[i:i + 3])[0], together[i]), f"row {i} of three"
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    error = (together - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 0.03
+
+
+@pytest.mark.parametrize("n", [1, 16, 64])
+def test_products_of_outliers_are_sums_of_whole_numbers(n):
+    """Guards against sums that float64 cannot hold, whose rounding depends on their order."""
+    torch.manual_seed(n)
+    weight = torch.randn(50, n)
+    product = quantize.ExactProduct(weight)
+    x = torch.randn(9, n) * 1000
+    expected = x.double() @ weight.double().t()
+    torch.testing.assert_close(product(x).double(), expected, rtol=1e-6, atol=0.01)
+    largest = n * (2**quantize.OUTLIER_BITS)**2
+    assert product.numbers.abs().max() == 2**quantize.OUTLIER_BITS
+    assert largest + 1.0 != largest, "float64 holds every whole number up to the largest sum"
+
+
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
 def test_weight_only_products_equal_the_formula(rows):
     """Guards against a kernel for few rows that means other scales than the one for many."""
@@ -403,11 +450,10 @@ def test_python_s_bad_value_is_named(checkpoint):
         load_model_from_checkpoint(checkpoint, "cpu", quantize="int4")
 
 
-def test_serve_hands_the_setting_to_the_loader(checkpoint, monkeypatch):
+def test_serve_hands_the_setting_to_the_loader(monkeypatch):
     """Guards against QUANTIZE=int8 that serves the model as it is."""
     import serve
-    seen = {}
-    monkeypatch.setattr(serve, "load_for_sampling", lambda *args, **named: seen.update(named))
-    app = serve.create_app(serve.read_settings(env={"QUANTIZE": "int8"}))
-    app.extensions["service"].load_model(checkpoint, "cpu", "auto")
-    assert seen == {"quantize": "int8"}
+    seen = []
+    monkeypatch.setattr(serve, "load_for_sampling", lambda *args: seen.append(args))
+    serve.create_app(serve.read_settings(env={"QUANTIZE": "int8"})).extensions["service"].load()
+    assert seen == [("log/latest_checkpoint.pt", "auto", "auto", "int8")]

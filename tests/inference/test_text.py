@@ -6,7 +6,7 @@
 import pytest
 from byte_model import N_VOCAB, as_text, make_model, make_tokenizer, uncached
 
-from gptlib.inference.engine import Engine, Request
+from gptlib.inference.engine import Engine, Sequence
 from gptlib.inference.sampling import SamplingParams
 from gptlib.inference.text import TextStream, encode_prompt
 
@@ -22,13 +22,13 @@ def model():
 
 
 def finished_stream(data, tokenizer, stop=()):
-    """The stream of a request whose continuation is these bytes."""
-    request = Request([1], SamplingParams())
+    """The stream of a sequence whose continuation is these bytes."""
+    sequence = Sequence([1], SamplingParams())
     for token in data:
-        request.events.put(token)
-    request.finish_reason = "length"
-    request.events.put(None)
-    return TextStream(request, tokenizer, stop)
+        sequence.events.put(token)
+    sequence.finish_reason = "length"
+    sequence.events.put(None)
+    return TextStream(sequence, tokenizer, stop)
 
 
 def test_characters_of_several_bytes_are_never_split(tokenizer):
@@ -61,7 +61,7 @@ def test_stop_strings_end_the_text_and_are_not_in_it(tokenizer, text, stop, expe
     stream = finished_stream(text.encode(), tokenizer, stop)
     assert "".join(stream) == expected
     assert stream.text == expected
-    assert stream.request.finish_reason == ("stop" if expected != text else "length")
+    assert stream.sequence.finish_reason == ("stop" if expected != text else "length")
 
 
 def test_a_stop_string_cancels_the_request(model, tokenizer):
@@ -69,10 +69,10 @@ def test_a_stop_string_cancels_the_request(model, tokenizer):
     engine = Engine(model, slots=1, n_vocab=N_VOCAB)
     expected = as_text(uncached(model, [65], 40))
     stop = expected[9:12]
-    request = engine.submit([65], max_length=10**6, temperature=0)
-    stream = TextStream(request, tokenizer, [stop], engine.step)
+    sequence = engine.submit([65], max_length=10**6, temperature=0)
+    stream = TextStream(sequence, tokenizer, [stop], engine.step)
     assert "".join(stream) == expected[:expected.find(stop)]
-    assert request.finish_reason == "stop"
+    assert sequence.finish_reason == "stop"
     assert not engine.step()
     assert not engine.live
 

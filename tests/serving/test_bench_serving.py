@@ -1,4 +1,4 @@
-"""What bench.py serve measures: clients, first tokens, newcomers. Nothing asserts how long it takes.
+"""What bench.py serve measures: clients, first tokens, newcomers. No time is asserted.
 
     python -m pytest tests/serving/test_bench_serving.py
 """

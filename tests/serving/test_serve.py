@@ -265,9 +265,9 @@ def test_a_mac_that_has_taken_the_port_is_named(monkeypatch):
 
     monkeypatch.setattr(socket, "create_server", is_taken)
     with pytest.raises(UserError, match="with HOST and PORT .macOS has AirPlay Receiver on port"):
-        listen(Settings())
+        listen("127.0.0.1", 5000)
     with pytest.raises(UserError, match="with HOST and PORT$"):
-        listen(Settings(port=5001))
+        listen("127.0.0.1", 5001)
 
 
 def test_importing_it_starts_nothing():

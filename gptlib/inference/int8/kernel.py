@@ -1,4 +1,4 @@
-"""The product with 8-bit weights of kernels/int8_linear.cpp, compiled when it is first needed."""
+"""The product with 8-bit weights of int8_linear.cpp, compiled when it is first needed."""
 
 import functools
 import hashlib
@@ -37,7 +37,7 @@ def compiler_command():
 
 
 def compile_kernel(folder):
-    """The path of the compiled library in this folder; it is made where it is not there yet.
+    """The path of the compiled library in this folder; it is compiled if it is not there yet.
 
     Its name has a hash of all that it depends on. Raises OSError or subprocess.SubprocessError.
     """
@@ -58,8 +58,8 @@ def compile_kernel(folder):
 
 @functools.cache
 def load_int8_linear():
-    """The operator torch.ops.gptlib.int8_linear, or None where this processor has not the
-    instructions or, with a warning, where no compiler works.
+    """The operator torch.ops.gptlib.int8_linear, or None if this processor lacks the
+    instructions or, with a warning, if no compiler works.
     """
     if not has_instructions():
         return None

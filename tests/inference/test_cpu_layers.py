@@ -1,15 +1,14 @@
-"""Logits of bfloat16 models on a CPU, against products in float64.
+"""Linear layers for a CPU: packed weights, and logits against products in float64.
 
-    python -m pytest tests/inference/test_float32_head.py
+    python -m pytest tests/inference/test_cpu_layers.py
 """
 
 import pytest
 import torch
-from byte_model import CONFIG, N_VOCAB, copy_of, drain, make_model
+from byte_model import CONFIG, N_VOCAB, copy_of, drain, make_model, prompts
 
+from gptlib.inference.cpu_layers import Float32Head, can_give_float32, can_pack, use_cpu_layers
 from gptlib.inference.engine import Engine
-from gptlib.inference.float32_head import Float32Head, can_give_float32
-from gptlib.inference.packing import can_pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +41,7 @@ def test_logits_are_not_rounded_to_bfloat16(scale, rows):
 
 @torch.inference_mode()
 def test_close_large_logits_are_told_apart():
-    """Guards against tokens of equal likelihood that the model tells apart by an eighth of a nat."""
+    """Guards against equal logits for tokens that the model tells apart by an eighth of a nat."""
     head = make_head(torch.tensor([[100.0, 0.0], [100.0, 0.125]]))
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     assert head(x).tolist() == [[100.0, 100.0]], "bfloat16 cannot tell them apart"
@@ -77,3 +76,24 @@ def test_the_engine_samples_from_float32_logits(monkeypatch):
     expected = x.double() @ model.lm_head.weight.double().t()
     torch.testing.assert_close(sampled[0].double(), expected, atol=1e-4, rtol=1e-4)
     assert isinstance(model.lm_head, torch.nn.Linear), "the caller's model stays as it was"
+
+
+def test_packed_bfloat16_weights_are_the_same_function():
+    """Guards against a packed layout that computes something else, and against copied weights."""
+    if not can_pack(torch.bfloat16):
+        pytest.skip("this CPU or this torch has no bfloat16 kernels of oneDNN")
+    model = copy_of(make_model()).to(torch.bfloat16)
+    names = list(model.state_dict())
+    idx = torch.tensor(prompts(24, 24))
+    expected = model(idx)[0].float()
+    packed = use_cpu_layers(model)
+    found = packed(idx)[0].float()
+    torch.testing.assert_close(found, expected, atol=0.05 * expected.std().item(), rtol=0.05)
+    assert list(model.state_dict()) == names, "the caller's model stays as it was"
+    assert packed.transformer.wte.weight is model.transformer.wte.weight
+
+
+def test_a_float32_model_is_taken_as_it_is():
+    """Guards against a copy of a model that gains nothing from other layers."""
+    model = make_model()
+    assert use_cpu_layers(model) is model

@@ -1,6 +1,6 @@
-"""Decode steps of sequences of unlike lengths, against the model's own attention.
+"""Attention to the cache in decode steps of unlike lengths, against the ungrouped one.
 
-    python -m pytest tests/inference/test_grouped_attention.py
+    python -m pytest tests/inference/test_kv_cache.py
 """
 
 import copy
@@ -9,10 +9,9 @@ import pytest
 import torch
 from byte_model import N_VOCAB, drain, make_model, prompts, uncached
 
-from gptlib.inference.kv_cache import KVCache
-from gptlib.inference import grouped_attention
+from gptlib.inference import kv_cache
 from gptlib.inference.engine import Engine
-from gptlib.inference.grouped_attention import group_attention, group_rows
+from gptlib.inference.kv_cache import GroupedAttention, KVCache, group_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +43,8 @@ def test_groups_hold_each_row_once_and_whole(call_cost):
         assert rows == list(range(n_rows))
 
 
-def test_any_grouping_gives_the_models_own_step(monkeypatch):
+@torch.inference_mode()
+def test_any_grouping_gives_the_same_step(monkeypatch):
     """Guards against heads or rows mixed up, and keys written to another place."""
     model = make_model()
     filled = KVCache.of_model(model, 5)
@@ -53,11 +53,11 @@ def test_any_grouping_gives_the_models_own_step(monkeypatch):
     pos = torch.tensor([[3], [20], [0], [23], [4]])
     idx = torch.tensor(prompts(5)).T
     cache = copy.deepcopy(filled)
-    expected = model.hidden(idx, cache.narrow(0, 5, 24), pos)
+    expected = model.hidden(idx, cache.at(pos))
     for call_cost in (0, 10, 1000):
-        monkeypatch.setattr(grouped_attention.group_rows, "__defaults__", (call_cost,))
+        monkeypatch.setattr(kv_cache.group_rows, "__defaults__", (call_cost,))
         own = copy.deepcopy(filled)
-        found = group_attention(model).hidden(idx, own.narrow(0, 5, 24), pos)
+        found = model.hidden(idx, GroupedAttention(own, pos))
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(own.keys, cache.keys)
         torch.testing.assert_close(own.values, cache.values)
@@ -65,31 +65,18 @@ def test_any_grouping_gives_the_models_own_step(monkeypatch):
 
 def test_grouped_engines_give_the_uncached_tokens(monkeypatch):
     """Guards against the groups of one step used for the next, or for other slots."""
-    monkeypatch.setattr(grouped_attention.group_rows, "__defaults__", (0,))
-    model = make_model()
     n_groups = []
-    groups_of = grouped_attention.groups_of
 
-    def noting(mask):
-        n_groups.append(len(groups_of(mask)))
-        return groups_of(mask)
+    def all_apart(lengths):
+        n_groups.append(len(lengths))
+        return group_rows(lengths, call_cost=0)
 
-    monkeypatch.setattr(grouped_attention, "groups_of", noting)
-    engine = Engine(model, slots=4, n_vocab=N_VOCAB)
-    requests = [engine.submit(prompt, max_length=30, temperature=0)
-                for prompt in prompts(2, 20, 9, 24, 1, 13)]
-    drain(engine)
-    for request in requests:
-        assert request.tokens == uncached(model, request.prompt, 30)
-    assert max(n_groups) > 1
-
-
-def test_the_callers_model_stays_as_it_is():
-    """Guards against a state dict with other names after the model has been served."""
+    monkeypatch.setattr(kv_cache, "group_rows", all_apart)
     model = make_model()
-    names = list(model.state_dict())
-    Engine(model, slots=2)
-    assert list(model.state_dict()) == names
-    grouped = group_attention(model)
-    addresses = {p.data_ptr() for p in model.parameters()}
-    assert {p.data_ptr() for p in grouped.parameters()} == addresses, "no weight is copied"
+    engine = Engine(model, slots=4, n_vocab=N_VOCAB)
+    sequences = [engine.submit(prompt, max_length=30, temperature=0)
+                 for prompt in prompts(2, 20, 9, 24, 1, 13)]
+    drain(engine)
+    for sequence in sequences:
+        assert sequence.tokens == uncached(model, sequence.prompt, 30)
+    assert max(n_groups) > 1
