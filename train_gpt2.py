@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from fineweb import find_or_make_shards
 from gptlib import distributed, runtime
-from gptlib.checkpoints.formats import fill_model, load_checkpoint, make_config
+from gptlib.checkpoints import formats
 from gptlib.checkpoints.huggingface import export_model
 from gptlib.checkpoints.saver import Saver
 from gptlib.checkpoints.start import Start, load_start
@@ -207,18 +207,18 @@ class GPT(nn.Module):
 
         Raises UserError if the weights do not fit the config.
         """
-        config = make_config(GPTConfig, checkpoint["config"])
+        config = formats.make_config(GPTConfig, checkpoint["config"])
         config.block_size = min(config.block_size, block_size or config.block_size)
         config.dropout = config.dropout if dropout is None else dropout
         with runtime.skip_init():
             model = cls(config)
-        fill_model(model, checkpoint["model"])
+        formats.fill_model(model, checkpoint["model"])
         return model
 
     @classmethod
     def from_pretrained(cls, name):
         """GPT-2 of the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a directory."""
-        return cls.from_checkpoint(load_checkpoint(name))
+        return cls.from_checkpoint(formats.load_checkpoint(name))
 
     def save_pretrained(self, directory, tokenizer=None):
         """Write a new directory from which `transformers` loads the model with equal logits."""

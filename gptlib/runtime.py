@@ -180,7 +180,7 @@ def use_one_thread_if_small(model):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options), or the model itself, with a warning, if a trial shows that no
+    """torch.compile(model, **options), or, with a warning, the model itself if a trial shows that no
     compiler works.
     """
     try:

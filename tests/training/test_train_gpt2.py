@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import train_gpt2
 from gptlib.inference.kv_cache import KVCache
 from gptlib.training import parallel
+from gptlib.training.console import Console
 from gptlib.training.evaluation import Evaluator
 from stepping import take_step
 from gptlib.data.loader import TokenLoader
@@ -424,8 +425,8 @@ def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_gpt2, "evaluate", record)
-    monkeypatch.setattr(train_gpt2.Reporter, "step", signal_at_step_2)
+    monkeypatch.setattr(Evaluator, "validation_loss", record)
+    monkeypatch.setattr(Console, "_report", signal_at_step_2)
     cfg = TrainConfig(**{**TINY, "eval_interval": 1, "num_samples": 0}, data_root=str(data_root),
                       log_dir=str(tmp_path / "log"))
     train(cfg)

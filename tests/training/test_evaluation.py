@@ -1,6 +1,6 @@
 """The validation loss as a GPU computes it, in chunks and of one shape, against the plain one.
 
-    python -m pytest tests/training/test_validation.py
+    python -m pytest tests/training/test_evaluation.py
 """
 
 import pytest
@@ -9,9 +9,9 @@ from conftest import english, write_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
-from gptlib.training import evaluation as validation
+from gptlib.training import evaluation
 from gptlib.data.loader import TokenLoader
-from gptlib.training.evaluation import chunked_loss, evaluate, validation_loss
+from gptlib.training.evaluation import Evaluator, chunked_loss, make_batch_loss
 from train_gpt2 import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def test_chunks_give_the_loss_of_the_whole(model, head_rows):
 def test_elsewhere_it_is_the_models_own_loss(model):
     """Guards against a CPU run whose validation losses change in the last digit."""
     x, y = batch(3)
-    loss = validation_loss(model, CPU, 4, compile=True)(x, y)
+    loss = make_batch_loss(model, CPU, 4, compile=True)(x, y)
     assert loss.item() == model(x, y, return_logits=False)[1].item()
 
 
@@ -81,8 +81,8 @@ def test_a_gpu_sees_one_shape(model, monkeypatch):
         assert options == {"dynamic": False}
         return compiled
 
-    monkeypatch.setattr(validation, "compile_model", compile_model)
-    loss_of = validation_loss(model, torch.device("cuda", 0), 5, compile=True)
+    monkeypatch.setattr(evaluation, "compile_model", compile_model)
+    loss_of = make_batch_loss(model, torch.device("cuda", 0), 5, compile=True)
     for rows in (5, 3, 1):
         x, y = batch(rows)
         assert loss_of(x, y).item() == pytest.approx(model(x, y)[1].item(), rel=1e-6)
@@ -94,12 +94,13 @@ def test_the_compiled_loss_evaluates_a_split(tmp_path, model, monkeypatch):
     truly compiled, on the CPU, with a short last batch and a chunk that is cut short."""
     root = write_dataset(tmp_path / "data", [english(500, 1)], [english(1500, 3)])
     loader = TokenLoader(root, "val", T)
-    expected = evaluate(model, loader, 10**9, 7, CPU, FLOAT32)
-    monkeypatch.setattr(validation, "compile_model",
+    evaluator = Evaluator(model, CPU, FLOAT32, batch_size=7)
+    expected = evaluator.validation_loss(loader, 10**9)
+    monkeypatch.setattr(evaluation, "compile_model",
                         lambda function, device, **options: torch.compile(function, **options))
-    monkeypatch.setattr(validation, "HEAD_ROWS", 100)
-    loss_of = validation_loss(model, torch.device("cuda", 0), 7, compile=True)
-    chunked = evaluate(model, loader, 10**9, 7, CPU, FLOAT32, loss_of=loss_of)
+    monkeypatch.setattr(evaluation, "HEAD_ROWS", 100)
+    evaluator.batch_loss = make_batch_loss(model, torch.device("cuda", 0), 7, compile=True)
+    chunked = evaluator.validation_loss(loader, 10**9)
     assert chunked == pytest.approx(expected, rel=1e-6)
 
 
@@ -111,7 +112,7 @@ def test_a_run_compiles_its_evaluation(tmp_path, data_root, monkeypatch):
         assert (batch_size, compile) == (4, False)
         return lambda idx, targets: torch.tensor(2.5)
 
-    monkeypatch.setattr(train_gpt2, "validation_loss", constant)
+    monkeypatch.setattr(evaluation, "make_batch_loss", constant)
     cfg = train_gpt2.TrainConfig(**{**TINY, "max_steps": 1, "num_samples": 0},
                                  data_root=str(data_root), log_dir=str(tmp_path / "log"))
     assert train_gpt2.train(cfg) == 2.5
