@@ -280,17 +280,18 @@ def plan(cfg, own, create, argv):
     if own.gpu:
         gpu, device = find_gpu(own.gpu), None
         name, budget, bits = gpu.name, gpu.usable_bytes, 32 if cfg.dtype == "float32" else 16
-        usable = f"{budget / GIB:,.1f} GiB, usable of {gpu.memory} (assumed)"
+        usable = f"{budget / GIB:,.1f} of {gpu.memory} GiB usable"
     else:
         device = resolve_device(cfg.device)
         dtype = resolve_dtype(cfg.dtype, device)
         name, bits = device_name(device), 32 if dtype == torch.float32 else 16
         budget = free_memory(device, own.gpus)
-        usable = f"{budget / GIB:,.1f} GiB, free now"
+        usable = f"{budget / GIB:,.1f} GiB free"
     run = Run(sizes, layout_of(cfg), cfg.optimizer, cfg.total_batch_size, cfg.batch_size,
               own.gpus, budget, bits)
     choice = choose(run, cfg.recompute_every)
-    lines = [f"{sizes.total:,} parameters on {own.gpus} x {name}, {bits} bits, {cfg.optimizer}", ""]
+    lines = [f"{sizes.total:,} parameters on {own.gpus} x {name} ({usable}), {bits} bits, "
+             f"{cfg.optimizer}", ""]
     notes = []
     if choice is None:
         lines.append("it does not fit: take more GPUs, larger ones, or a smaller model")
@@ -306,7 +307,7 @@ def plan(cfg, own, create, argv):
             rate *= own.gpus if device.type == "cuda" else 1
             notes = [how]
         lines += [f"type: {command(argv, choice, own.gpus)}", *time_lines(cfg, rate, own)]
-    lines += [disk_line(sizes, cfg), "", *memory_lines(run, usable, cfg.recompute_every)]
+    lines += [disk_line(sizes, cfg), "", *memory_lines(run, cfg.recompute_every)]
     for note in notes:
         lines += textwrap.wrap(note, SCREEN_WIDTH, subsequent_indent="  ")
     return lines
@@ -356,7 +357,7 @@ def command(argv, choice, ranks):
 def time_lines(cfg, tokens_per_second, own):
     """Hours and dollars of the whole run."""
     seconds = run_seconds(cfg, tokens_per_second)
-    lines = [f"time: {duration(seconds)} for {cfg.max_steps:,} steps and their validations, at "
+    lines = [f"time: {duration(seconds)} for {cfg.max_steps:,} steps with validations, "
              f"{tokens_per_second:,.0f} tokens a second",
              "      (starts, HellaSwag, samples and checkpoints come on top)"]
     if own.dollars_per_hour:
@@ -377,7 +378,7 @@ def disk_line(sizes, cfg):
             f"{count} checkpoints of {each / 1e9:,.2f} GB")
 
 
-def memory_lines(run, usable, recompute_every):
+def memory_lines(run, recompute_every):
     """The table of the memory of each device by part, a column for each variant.
 
     A column is shown at the micro-batch that one would run with; if none fits, at one sequence.
@@ -399,7 +400,7 @@ def memory_lines(run, usable, recompute_every):
     for name, *cells in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
         lines.append(f"{name:18}" + "".join(cells))
-    return [*lines, f"fits: into {usable}"]
+    return lines
 
 
 def shown(n_bytes):

@@ -21,7 +21,7 @@ import torch
 from conftest import (ROOT, TINY, english, environment, flags, read_log, run, write_dataset)
 from test_scoring import BYTES, flat, made_examples, tokens_of
 from test_scoring import make_model as make_scored_model
-from test_step_log import NoHostWait
+from test_optim import NoHostWait
 
 import train_gpt2
 from benches.gpu import same_state
@@ -30,7 +30,7 @@ from gptlib.training import scoring
 from gptlib.inference.engine import Engine
 from gptlib.data.loader import TokenLoader
 from gptlib.runtime import resolve_device
-from gptlib.training.step_log import StepLog
+from gptlib.training.console import Console
 from gptlib.training.evaluation import validation_loss
 from inference import generate_text
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_step, train
@@ -198,30 +198,33 @@ def test_a_bad_step_is_skipped_on_the_device(device, optimizer, n_before):
 
 
 class Lines:
-    """Stands in for the Reporter."""
+    """Stands in for the RunLog."""
 
     def __init__(self):
         self.lines = []
 
-    def step(self, step, loss, lr, norm, seconds):
-        self.lines.append((step, loss, norm, seconds))
+    def write(self, step, kind, loss, norm, ms, **values):
+        self.lines.append((step, loss, norm, ms))
+
+    def close(self):
+        pass
 
 
 def test_the_log_reads_each_step_late_and_whole(device):
     """Guards against figures that are read before they have arrived, or of the step after."""
-    reporter = Lines()
+    log = Lines()
     loss = torch.zeros((), device=device)
     work = torch.randn(1000, 1000, device=device)
-    with StepLog(reporter, device, late=True) as log:
+    with Console(log, device, World(), 20, 100, 1, late=True) as console:
         for step in range(20):
-            log.start()
+            console.step_begins()
             for _ in range(10 if REHEARSAL else 200):
                 work = torch.tanh(work @ work)
             loss = loss + 1 + 0 * work.sum()
-            log.end(step, loss, 0.1, loss * 2)
-            assert len(reporter.lines) == step
-    assert [line[:3] for line in reporter.lines] == [(i, i + 1.0, 2 * i + 2.0) for i in range(20)]
-    assert all(0 < seconds < 60 for *_, seconds in reporter.lines)
+            console.step_ended(step, loss, 0.1, loss * 2)
+            assert len(log.lines) == step
+    assert [line[:3] for line in log.lines] == [(i, i + 1.0, 2 * i + 2.0) for i in range(20)]
+    assert all(0 < ms < 60_000 for *_, ms in log.lines)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -252,12 +255,13 @@ torch.compile = functools.partial(torch.compile, backend="aot_eager")
 """
 KILLED = """
 import os, signal, train_gpt2
-report = train_gpt2.Reporter.step
-def report_and_die(reporter, step, *args):
-    report(reporter, step, *args)
+end = train_gpt2.Console.step_ended
+def report_and_die(console, step, *args):
+    end(console, step, *args)
     if step == 12:
+        console.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-train_gpt2.Reporter.step = report_and_die
+train_gpt2.Console.step_ended = report_and_die
 train_gpt2.run_main(train_gpt2.main)
 """
 
@@ -304,7 +308,7 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers, take_s
 
 def steps(device, wrap):
     torch.manual_seed(1)
-    cfg = TrainConfig(total_batch_size=256, tuning="keep_gradients,bucket_mb=1")
+    cfg = TrainConfig(total_batch_size=256)
     raw_model = GPT(GPTConfig(16, 64, 2, 2, 128)).to(device)
     optimizers = configure_optimizers(raw_model, cfg, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
@@ -317,7 +321,8 @@ def steps(device, wrap):
 
 def wrap_ddp(raw_model, cfg):
     device_ids = [device.index] if device.type == "cuda" else None
-    return DDP(torch.compile(raw_model, backend=sys.argv[2]), device_ids=device_ids, **cfg.tuned.ddp_options())
+    return DDP(torch.compile(raw_model, backend=sys.argv[2]), device_ids=device_ids,
+               bucket_cap_mb=1, gradient_as_bucket_view=True)
 
 with distributed() as world:
     device = resolve_device(sys.argv[1], world.local_rank)
@@ -361,13 +366,12 @@ def test_torchrun_gives_the_losses_of_one_process(device, data, expected, tmp_pa
     assert losses == pytest.approx(losses_of(tmp_path / "plain"), abs=5e-3)
 
 
-@pytest.mark.parametrize("tuning", ["", "keep_gradients,bucket_mb=1"])
-def test_two_gpus_give_the_losses_of_one(device, data, tmp_path, tuning):
+def test_two_gpus_give_the_losses_of_one(device, data, tmp_path):
     """Guards against gradients that are not added up, and ranks on one another's GPU."""
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     settings = {**TRAINING, "max_steps": 10, "device": device.type, "dtype": "bfloat16",
-                "compile": not REHEARSAL, "tuning": tuning}
+                "compile": not REHEARSAL}
     done = run("train_gpt2.py", *flags(**settings, data_root=data), cwd=tmp_path, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     cfg = TrainConfig(**{**settings, "compile": False}, data_root=str(data),
