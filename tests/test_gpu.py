@@ -25,11 +25,10 @@ from test_optim import NoHostWait
 
 import train_gpt2
 from benches.gpu import same_state
-from gptlib.training import batch_size as batch_size_room
-from gptlib.training import scoring
+from gptlib.training import memory, scoring
 from gptlib.inference.engine import Engine
 from gptlib.data.loader import TokenLoader
-from gptlib.runtime import resolve_device
+from gptlib.runtime import World, resolve_device
 from gptlib.training.console import Console
 from gptlib.training.evaluation import validation_loss
 from inference import generate_text
@@ -389,7 +388,7 @@ def test_two_gpus_give_the_losses_of_one(device, data, tmp_path):
 def little_memory(device, monkeypatch, n_bytes):
     """Let a process have n_bytes of the device's memory beside what it holds."""
     if device.type != "cuda":
-        monkeypatch.setattr(batch_size_room, "free_host_memory", lambda: n_bytes)
+        monkeypatch.setattr(memory, "free_host_memory", lambda: n_bytes)
         yield
         return
     torch.cuda.empty_cache()

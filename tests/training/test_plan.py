@@ -21,7 +21,7 @@ from gptlib.training.gpu_facts import GPUS, MEASURED_MFU, find_gpu, published_mf
 from gptlib.training.memory import model_sizes
 from gptlib.training.parallel import Layout
 from gptlib.training.presets import PRESETS
-from plan import (GIB, PlanConfig, Run, choose, command, communication_seconds, largest_batch_size,
+from plan import (PlanConfig, Run, choose, command, communication_seconds, largest_batch_size,
                   layout_of, measure_tokens_per_second, plan, preset_table, time_lines, traffic,
                   variants)
 from train_gpt2 import GPT, GPTConfig, TrainConfig, create_model, parse_flags

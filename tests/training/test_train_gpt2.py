@@ -429,7 +429,7 @@ def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train_gpt2, "evaluate", record)
-    monkeypatch.setattr(train_gpt2.Reporter, "step", signal_at_step_2)
+    monkeypatch.setattr(train_gpt2.Console, "step_ended", signal_at_step_2)
     cfg = TrainConfig(**{**TINY, "eval_interval": 1, "num_samples": 0}, data_root=str(data_root),
                       log_dir=str(tmp_path / "log"))
     train(cfg)
