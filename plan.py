@@ -19,8 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-from gptlib.checkpoints.formats import load_initial_checkpoint
-from gptlib.checkpoints.start import Start
+from gptlib.checkpoints.start import Start, load_start
 from gptlib.common import ArgumentParser, UserError, duration, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.shards import list_shards
@@ -282,17 +281,18 @@ def plan(cfg, own, create, argv):
     if own.gpu:
         gpu, device = find_gpu(own.gpu), None
         name, budget, bits = gpu.name, gpu.usable_bytes, 32 if cfg.dtype == "float32" else 16
-        usable = f"{budget / GIB:,.1f} GiB, usable of {gpu.memory} (assumed)"
+        usable = f"{budget / GIB:,.1f} of {gpu.memory} GiB usable"
     else:
         device = resolve_device(cfg.device)
         dtype = resolve_dtype(cfg.dtype, device)
         name, bits = device_name(device), 32 if dtype == torch.float32 else 16
         budget = free_memory(device, own.gpus)
-        usable = f"{budget / GIB:,.1f} GiB, free now"
+        usable = f"{budget / GIB:,.1f} GiB free"
     run = Run(sizes, layout_of(cfg), cfg.optimizer, cfg.total_batch_size, cfg.batch_size,
               own.gpus, budget, bits)
     choice = choose(run, cfg.recompute_every)
-    lines = [f"{sizes.total:,} parameters on {own.gpus} x {name}, {bits} bits, {cfg.optimizer}", ""]
+    lines = [f"{sizes.total:,} parameters on {own.gpus} x {name} ({usable}), {bits} bits, "
+             f"{cfg.optimizer}", ""]
     notes = []
     if choice is None:
         lines.append("it does not fit: take more GPUs, larger ones, or a smaller model")
@@ -308,7 +308,7 @@ def plan(cfg, own, create, argv):
             rate *= own.gpus if device.type == "cuda" else 1
             notes = [how]
         lines += [f"type: {command(argv, choice, own.gpus)}", *time_lines(cfg, rate, own)]
-    lines += [disk_line(sizes, cfg), "", *memory_lines(run, usable, cfg.recompute_every)]
+    lines += [disk_line(sizes, cfg), "", *memory_lines(run, cfg.recompute_every)]
     for note in notes:
         lines += textwrap.wrap(note, SCREEN_WIDTH, subsequent_indent="  ")
     return lines
@@ -358,7 +358,7 @@ def command(argv, choice, ranks):
 def time_lines(cfg, tokens_per_second, own):
     """Hours and dollars of the whole run."""
     seconds = run_seconds(cfg, tokens_per_second)
-    lines = [f"time: {duration(seconds)} for {cfg.max_steps:,} steps and their validations, at "
+    lines = [f"time: {duration(seconds)} for {cfg.max_steps:,} steps with validations, "
              f"{tokens_per_second:,.0f} tokens a second",
              "      (starts, HellaSwag, samples and checkpoints come on top)"]
     if own.dollars_per_hour:
@@ -379,7 +379,7 @@ def disk_line(sizes, cfg):
             f"{count} checkpoints of {each / 1e9:,.2f} GB")
 
 
-def memory_lines(run, usable, recompute_every):
+def memory_lines(run, recompute_every):
     """The table of the memory of each device by part, a column for each variant.
 
     A column is shown at the micro-batch that one would run with; if none fits, at one sequence.
@@ -401,7 +401,7 @@ def memory_lines(run, usable, recompute_every):
     for name, *cells in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
         lines.append(f"{name:18}" + "".join(cells))
-    return [*lines, f"fits: into {usable}"]
+    return lines
 
 
 def shown(n_bytes):
@@ -491,10 +491,9 @@ def main():
     add_flags(parser, PlanConfig)
     own, argv = parser.parse_known_args()
     own, flags = PlanConfig(**vars(own)), parse_flags(argv)
-    checkpoint = load_initial_checkpoint(flags, World())
-    saved = checkpoint["train_config"] if checkpoint else {}
-    cfg = TrainConfig(**{**saved, **flags})
-    vocabulary = find_vocabulary(cfg, checkpoint)
+    start = load_start(flags, World(), [f.name for f in dataclasses.fields(TrainConfig)])
+    cfg = TrainConfig(**{**start.settings, **flags})
+    vocabulary = find_vocabulary(cfg, start.checkpoint)
     for line in plan(cfg, own, lambda cfg: create_model(cfg, Start(), vocabulary), argv):
         print(line)
 

@@ -28,6 +28,7 @@ from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.checkpoints.saver import copy_to_host, save_checkpoint
 from gptlib.common import UserError, atomic_write, first_line, log
 from gptlib.training.memory import estimate_memory, model_sizes
+from gptlib.training.parallel import Layout
 from gptlib.runtime import git_commit, resolve_device, resolve_dtype
 from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
 from train_gpt2 import GPT, TrainConfig, configure_optimizers
@@ -85,8 +86,8 @@ def gpu_train(args):
     flops = model.flops_per_token()
     rate = step_tokens / seconds
     mfu = rate * flops / peak
-    cfg = TrainConfig(compile=device.type == "cuda")
-    estimate = estimate_memory(model_sizes(model), cfg, B, accumulate=args.micro_steps > 1).peak
+    layout = Layout(compile=device.type == "cuda")
+    estimate = estimate_memory(model_sizes(model), layout, "adamw", step_tokens, B).peak
     summary = (f"{rate:,.0f} tok/s, MFU {mfu:.1%}, {memory / 2**30:.1f} GiB at most "
                f"(estimate {estimate / 2**30:.1f}), {args.micro_steps} x {B} x {config.block_size} "
                "tokens a step")

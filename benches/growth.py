@@ -10,7 +10,8 @@ from benches.training import training_ours
 from benches.turns import separate_processes
 from gptlib.common import UserError, atomic_write, log
 from gptlib.runtime import resolve_device
-from train_gpt2 import PRESETS
+from gptlib.training.presets import PRESETS
+from train_gpt2 import 
 
 
 def peak_memory(device):

@@ -13,7 +13,8 @@ from benches.turns import dtype_name, separate_processes, show_results, take_tur
 from gptlib.common import log
 from gptlib.data.loader import TokenLoader
 from gptlib.runtime import compile_model, set_malloc, resolve_device, resolve_dtype
-from train_gpt2 import GPT, PRESETS, GPTConfig, TrainConfig, Trainer, configure_optimizers
+from gptlib.training.presets import PRESETS
+from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
 
 def training_shape(args):

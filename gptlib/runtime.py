@@ -180,8 +180,8 @@ def use_one_thread_if_small(model):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options), or, with a warning, the model itself if a trial shows that no
-    compiler works.
+    """torch.compile(model, **options); if a trial shows that no compiler works, a warning and the
+    model itself.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

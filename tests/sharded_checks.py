@@ -32,7 +32,7 @@ from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes, planned_batch_size
 from gptlib.training.optim import Muon
-from gptlib.training.parallel import create_on, train_with
+from gptlib.training.parallel import Layout, create_on, train_with
 from gptlib.distributed import map_leaves, whole
 from gptlib.checkpoints.saver import Saver, list_checkpoints
 from gptlib.checkpoints.start import load_start
@@ -91,18 +91,18 @@ def muon_sharded(world, folder):
 
 def muon_in_parts(world, folder):
     """The same where sharded matrices are updated some after the others."""
-    exchange, limit = muon.RowExchange, muon.ELEMENTS_AT_ONCE
+    exchange, limit = muon.RowExchange, muon.MUON_ELEMENTS_AT_ONCE
     elements = []
 
     def recorded(params, group):
         elements.append(sum(p.numel() for p in params) // world.size)
         return exchange(params, group)
 
-    muon.RowExchange, muon.ELEMENTS_AT_ONCE = recorded, 1400
+    muon.RowExchange, muon.MUON_ELEMENTS_AT_ONCE = recorded, 1400
     try:
         muon_sharded(world, folder)
     finally:
-        muon.RowExchange, muon.ELEMENTS_AT_ONCE = exchange, limit
+        muon.RowExchange, muon.MUON_ELEMENTS_AT_ONCE = exchange, limit
     # of 2048, 2048, 35, 18, 2048 and 3 elements over three ranks, in each of the three steps
     expected = [(2048 + 2048 + 35 + 18) // 3, (2048 + 3) // 3]
     expect(elements == expected * 3, f"{elements}, expected {expected} in each step")
@@ -178,15 +178,14 @@ def three_losses(world, **flags):
 
 def one_batch_size(world, folder):
     """--batch_size 0 of a sharded model: what the rank with the least memory can run, on all."""
-    model, cfg, _ = model_of(world)
-    cfg.total_batch_size = 16 * 16 * world.size
-    sizes = model_sizes(model)
-    needed = {n: estimate_memory(sizes, cfg, n, world.size, bits=32).peak for n in (1, 4, 8, 16)}
-    memory = needed[8] - 1 if world.rank == 1 else 2 * needed[16]
-    found = planned_batch_size(sizes, cfg, memory, 32, world)
-    expect(found == 4, f"{found} with {memory} bytes, expected 4: {needed}")
-    expect(planned_batch_size(sizes, cfg, 2 * needed[16], 32, world) == 16, "more than is needed")
-    expect(planned_batch_size(sizes, cfg, 0, 32, world) == 1, "less than one")
+    model, _, _ = model_of(world)
+    run = model_sizes(model), Layout(shard=True, compile=False), "muon", 16 * 16 * world.size
+    needed = {n: estimate_memory(*run, n, world.size, bits=32).peak for n in (1, 4, 8, 16)}
+    budget = needed[8] - 1 if world.rank == 1 else 2 * needed[16]
+    found = planned_batch_size(*run, budget, 32, world)
+    expect(found == 4, f"{found} with {budget} bytes, expected 4: {needed}")
+    expect(planned_batch_size(*run, 2 * needed[16], 32, world) == 16, "more than is needed")
+    expect(planned_batch_size(*run, 0, 32, world) == 1, "less than one")
 
 
 def state_of(model, optimizers, config, step):

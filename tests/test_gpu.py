@@ -21,7 +21,7 @@ import torch
 from conftest import (ROOT, TINY, english, environment, flags, read_log, run, write_dataset)
 from test_scoring import BYTES, flat, made_examples, tokens_of
 from test_scoring import make_model as make_scored_model
-from test_step_log import NoHostWait
+from test_optim import NoHostWait
 
 import train_gpt2
 from benches.gpu import same_state
@@ -366,13 +366,12 @@ def test_torchrun_gives_the_losses_of_one_process(device, data, expected, tmp_pa
     assert losses == pytest.approx(losses_of(tmp_path / "plain"), abs=5e-3)
 
 
-@pytest.mark.parametrize("tuning", ["", "keep_gradients,bucket_mb=1"])
-def test_two_gpus_give_the_losses_of_one(device, data, tmp_path, tuning):
+def test_two_gpus_give_the_losses_of_one(device, data, tmp_path):
     """Guards against gradients that are not added up, and ranks on one another's GPU."""
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     settings = {**TRAINING, "max_steps": 10, "device": device.type, "dtype": "bfloat16",
-                "compile": not REHEARSAL, "tuning": tuning}
+                "compile": not REHEARSAL}
     done = run("train_gpt2.py", *flags(**settings, data_root=data), cwd=tmp_path, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     cfg = TrainConfig(**{**settings, "compile": False}, data_root=str(data),

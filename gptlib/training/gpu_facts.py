@@ -1,4 +1,4 @@
-"""What is published about GPUs: memory, links, peak FLOP/s, and the utilization that others reached.
+"""What is published about GPUs: memory, links, peak FLOP/s, and the utilization others reached.
 Every figure has its source.
 """
 
@@ -55,7 +55,7 @@ class GPU:
 
 
 def nvlink(name, memory, line_rate, network):
-    """A GPU whose links are known by their line rates only. NCCL reaches 82 % of them on an H100."""
+    """A GPU with known line rates of its links. NCCL reaches 82 % of them on an H100."""
     return GPU(name, memory, 0.82 * line_rate * 1e9, 0.94 * network * 1e9,
                f"82 % and 94 % of the line rates, as measured on H100 ({NCCL_212}, {NCCL_290})")
 
@@ -66,7 +66,7 @@ def pcie(name, memory, line_rate):
                "assumed: half of PCIe's line rate, 100 Gbit/s between hosts")
 
 
-# The network is one adapter for each GPU: 400 Gbit/s with an H100 and later, 200 with an A100 (as in
+# The network is one adapter for each GPU: 400 Gbit/s from the H100 on, 200 with an A100 (as in
 # NVIDIA's DGX systems), 100 with a V100.
 GPUS = {gpu.name: gpu for gpu in (
     nvlink("B200", 180, 900, 50),

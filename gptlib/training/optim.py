@@ -42,7 +42,7 @@ def skip_if_not_finite(optimizer, norm):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon divided among processes; the updates equal those of one process.
 
-    State and state dict are those of torch.optim.Muon: a momentum buffer shaped like each parameter.
+    Its state and state dict are those of torch.optim.Muon: a momentum buffer like each parameter.
     As in torch's fused optimizers, a step changes nothing if the tensor `found_inf` is not 0. The
     device decides that, and the host does not wait.
     """

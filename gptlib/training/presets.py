@@ -6,7 +6,7 @@ from gptlib.common import UserError
 
 
 def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, block_size=1024):
-    """Settings of a model size, for 10B tokens and GPT-3's warm-up of 375M tokens."""
+    """The settings of a model size, with 10B tokens and GPT-3's warm-up of 375M tokens."""
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_lr=max_lr, block_size=block_size,
                 total_batch_size=total_batch_size, batch_size=batch_size,
                 max_steps=10 * 10**9 // total_batch_size,
@@ -14,11 +14,11 @@ def model_preset(n_layer, n_head, n_embd, max_lr, total_batch_size, batch_size, 
 
 
 def default_max_lr(optimizer, n_embd):
-    """The learning rate of a run that names none: the recipe's, or Muon's for the model's width.
+    """The default learning rate: the recipe's for AdamW, for Muon one that depends on the width.
 
-    Muon's for GPT-2 (124M) is that of modded-nanogpt's record of 2024-10-10, in the scale of
-    torch.optim.Muon. Its updates have a spectral norm in proportion to the rate and to sqrt(width),
-    which should be the same at any width (arXiv:2310.17813). See docs/learning.md.
+    Muon's rate for GPT-2 (124M) is that of modded-nanogpt's record of 2024-10-10, in the scale of
+    torch.optim.Muon. The spectral norm of its updates is proportional to the rate and to
+    sqrt(width), and should be the same at any width (arXiv:2310.17813). See docs/learning.md.
     """
     return 1.8e-3 * math.sqrt(768 / n_embd) if optimizer == "muon" else 6e-4
 
@@ -26,8 +26,8 @@ def default_max_lr(optimizer, n_embd):
 DEMO_VOCAB_SIZE = 2048
 
 PRESETS = {
-    # Two to three minutes on two CPU cores, chosen by experiment (see docs/questions.md). It is not
-    # compiled: that would take longer than it saves.
+    # Two to three minutes on two CPU cores, chosen by experiment (see docs/questions.md). Compiling
+    # it would take longer than it saves.
     "demo": dict(n_layer=3, n_head=3, n_embd=192, block_size=128, data_root="demo_data",
                  shuffle=True, total_batch_size=2048, batch_size=16, max_steps=1000,
                  warmup_steps=50, max_lr=8e-3, min_lr=0.0, optimizer="muon", compile=False,
@@ -53,7 +53,7 @@ PRESETS = {
 
 
 def preset_settings(given):
-    """What the preset among the given flags sets; nothing where there is none.
+    """The settings of the preset among the given flags, {} if there is none.
 
     Raises UserError for an unknown preset.
     """
@@ -63,5 +63,5 @@ def preset_settings(given):
     settings = dict(PRESETS.get(name, {}))
     optimizer = given.get("optimizer")
     if optimizer and optimizer != settings.get("optimizer", "adamw"):
-        settings.pop("max_lr", None)  # it is the other optimizer's; each has a default of its own
+        settings.pop("max_lr", None)  # it belongs to the other optimizer, and each has a default
     return settings

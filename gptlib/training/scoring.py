@@ -28,10 +28,10 @@ CACHE = Path(__file__).resolve().parents[2] / "hellaswag" / "hellaswag_val.jsonl
 
 
 def load_examples(path=""):
-    """Read the examples of a HellaSwag jsonl file: a list of dicts with ctx, endings and label.
+    """The examples of a HellaSwag jsonl file: a list of dicts with ctx, endings and label.
 
     Without a path, the validation set is downloaded once and kept in the folder hellaswag/ beside
-    the scripts. Raises UserError for a file that cannot be read or downloaded, or that is broken.
+    the scripts. Raises UserError if the file can't be read or downloaded, or is broken.
     """
     if not path and not CACHE.exists():
         download(URL, CACHE)
@@ -78,7 +78,7 @@ def parse_example(line, location):
 
 
 def download(url, path):
-    """Download a file with a progress bar. Raises UserError if that fails; then nothing is left."""
+    """Download a file with a progress bar. Raises UserError if that fails, and leaves nothing."""
     remedy = ("Give a copy of the file with --data (of train_gpt2.py: --hellaswag_data), "
               f"or put one at {path}")
     try:
@@ -96,7 +96,7 @@ def download(url, path):
 
 
 def read_url(url, title):
-    """Read a URL to its end. Returns the bytes and the announced size, 0 where there is none."""
+    """Read a URL to its end. Returns the bytes and the announced size, 0 if there is none."""
     data = bytearray()
     with urllib.request.urlopen(url, timeout=30) as response:
         size = int(response.headers.get("Content-Length") or 0)
@@ -158,9 +158,9 @@ def encode_examples(examples, tokenizer, block_size):
 
 
 def load_for_training(path, limit, tokenizer, block_size, world):
-    """The first `limit` examples, read by rank 0 and encoded once, on every rank.
+    """The first `limit` examples, encoded, on every rank; rank 0 reads them.
 
-    None, with a warning, where limit is 0 or the examples can't be had: a run goes on without them.
+    None if limit is 0. None with a warning if the examples can't be had: a run continues without.
     """
     examples = []
     if limit and world.rank == 0:
@@ -173,7 +173,7 @@ def load_for_training(path, limit, tokenizer, block_size, world):
 
 
 def row_length(context, endings):
-    """The tokens that the model reads: an ending's last token is predicted, but never read."""
+    """How many tokens the model reads. An ending's last token is predicted, but never read."""
     return len(context) + sum(len(ending) - 1 for ending in endings)
 
 
@@ -193,8 +193,8 @@ def make_batches(rows, batch_tokens):
         if not batches or not has_room:
             batches.append([])
         batches[-1].append(i)
-    # Long examples score differently. In random order the running accuracy tells something early.
-    # A generator of its own leaves Python's global one, and so training, as it was.
+    # Long examples score differently, so only in random order is the running accuracy meaningful
+    # early. A separate generator leaves Python's global one, and so training, unchanged.
     random.Random(0).shuffle(batches)
     return batches
 
@@ -255,8 +255,9 @@ def pack_batch(rows, device):
 
 
 class Packed:
-    """Attention of rows that hold several sequences: pos (B, T) says where their tokens stand, and
-    the boolean mask (B, 1, T, T) which token attends to which.
+    """Attention of rows that hold several sequences, with the methods of train_gpt2.py's Causal.
+
+    pos (B, T): the positions of the tokens; mask (B, 1, T, T), boolean: which attends to which.
     """
 
     def __init__(self, pos, mask):
@@ -275,13 +276,13 @@ def ending_losses(model, batch, head_rows=512):
 
     batch: (context tokens, [tokens of each ending]) of each example, none longer than the block
     size (see fit). head_rows: how many rows of 50k logits exist at a time. Call it under the
-    autocast that the model is to run in.
+    autocast that the model should run in.
     """
     device = model.lm_head.weight.device
     idx, pos, mask, reads, targets = pack_batch(batch, device)
     with without_cudnn_attention(device):
         x = model.hidden(idx, Packed(pos, mask))  # (B, T, n_embd)
-    x = x.flatten(0, 1)[reads]  # (N, n_embd): the head is applied only where a loss is read
+    x = x.flatten(0, 1)[reads]  # (N, n_embd), since the head is needed only where a loss is read
     losses = []
     for h, t in zip(x.split(head_rows), targets.split(head_rows), strict=True):
         logits = model.lm_head(h).float()  # (head_rows, vocab_size)
@@ -292,10 +293,10 @@ def ending_losses(model, batch, head_rows=512):
 
 
 def choose(losses, endings):
-    """The numbers of the likeliest endings, by sum and by mean of their tokens' losses.
+    """The indices of the likeliest endings, by sum and by mean of their tokens' losses.
 
-    Of equal endings the first is chosen. The same ending twice gets the same losses: at two places
-    of a row they differ in the last digit, and rounding must not decide between them.
+    Of equal endings the first is chosen. They get the same losses: at two places of a row losses
+    differ in the last digit, and rounding must not decide.
     """
     losses = [losses[endings.index(ending)] for ending in endings]
     sums = [sum(x) for x in losses]
@@ -313,7 +314,8 @@ def count_correct(model, encoded, batches, autocast, show_progress):
     n_examples = sum(len(batch) for batch in batches)
     progress = tqdm(total=n_examples, desc="HellaSwag", unit="ex", leave=False, dynamic_ncols=True,
                     disable=None if show_progress else True)
-    with autocast, progress:  # autocast keeps the weights it cast until its context ends: use one
+    # one context for all batches: autocast keeps the weights that it cast until its context ends
+    with autocast, progress:
         for batch in batches:
             rows = [encoded.rows[i] for i in batch]
             for i, losses in zip(batch, ending_losses(model, rows), strict=True):
@@ -331,14 +333,13 @@ def count_correct(model, encoded, batches, autocast, show_progress):
 def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_tokens=0):
     """The model's accuracies: {"examples": their number, "acc": by sum, "acc_norm": by mean}.
 
-    examples: dicts as load_examples returns them, or the EncodedExamples that encode_examples made
-    of them; with those, nothing is encoded again and tokenizer may be None. batch_tokens: tokens
-    per forward pass; 0 means 512 on a CPU, where little padding matters more than large batches,
-    and 32768 elsewhere.
+    examples: dicts as load_examples returns them, or EncodedExamples; then tokenizer may be None.
+    batch_tokens: tokens per forward pass; 0 means 512 on a CPU, where little padding matters more
+    than large batches, and 32768 elsewhere.
 
-    All ranks of torch.distributed call it with the same arguments, score their share of the batches
-    and return the same result, which does not depend on the number of ranks. Leaves the model in
-    eval mode.
+    Collective: all ranks call it with the same arguments, score their share of the batches and
+    return the same result, which does not depend on the number of ranks. The model stays in eval
+    mode.
     """
     model.eval()
     block_size = model.config.block_size

@@ -25,7 +25,8 @@ from gptlib.checkpoints.huggingface import identity_of_hugging_face
 from gptlib.data.tokenizer import EOT, load_tokenizer, tokenizer_to_dict
 from inference import generate_text, load_model_from_checkpoint
 from gptlib.checkpoints.formats import load_checkpoint
-from train_gpt2 import GPT, GPTConfig, PRESETS
+from gptlib.training.presets import PRESETS
+from train_gpt2 import GPT, GPTConfig
 from gptlib.data.tokenizer import export_tokenizer
 
 GELU = {"tanh": "gelu_new", "none": "gelu"}

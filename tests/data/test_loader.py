@@ -19,7 +19,8 @@ from gptlib.data.loader import (AHEAD, MicroBatch, PartLoader, TokenLoader, open
 from gptlib.data.shards import file_checksum
 from gptlib.data.tokenizer import load_tokenizer
 from gptlib.distributed import World
-from train_gpt2 import GPT, GPTConfig, evaluate
+from gptlib.training.evaluation import Evaluator
+from train_gpt2 import GPT, GPTConfig
 
 
 def epoch_of(loader, epoch, world_size, batch_size, step_tokens):
@@ -147,8 +148,8 @@ def test_an_id_beyond_the_vocabulary_in_validation(tmp_path):
     root = write_dataset(tmp_path / "data", [english(300, 1)], [damaged])
     model = GPT(GPTConfig(block_size=32, vocab_size=320, n_layer=1, n_head=1, n_embd=8))
     with pytest.raises(UserError, match="tiny_val_000000.npy: token 7 is 60000"):
-        evaluate(model, TokenLoader(root, "val", 32), 200, 4, torch.device("cpu"),
-                 contextlib.nullcontext())
+        evaluator = Evaluator(model, torch.device("cpu"), contextlib.nullcontext(), batch_size=4)
+        evaluator.validation_loss(TokenLoader(root, "val", 32), 200)
 
 
 # -----------------------------------------------------------------------------
@@ -440,5 +441,6 @@ def test_a_run_reports_the_loss_of_the_dev_split(tmp_path):
     model = GPT.from_checkpoint(checkpoint)
     autocast = torch.autocast("cpu", enabled=False)
     # the last token predicts what the held-out text begins with, so it is left out in both
-    loss = evaluate(model, TokenLoader(held_out, "val", 32), 1000, 4, torch.device("cpu"), autocast)
+    evaluator = Evaluator(model, torch.device("cpu"), autocast, batch_size=4)
+    loss = evaluator.validation_loss(TokenLoader(held_out, "val", 32), 1000)
     assert float(read_log(tmp_path / "log")["val"][2]) == pytest.approx(loss, abs=1e-4)

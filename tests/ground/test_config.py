@@ -14,7 +14,8 @@ import train_gpt2
 from gptlib.common import UserError
 from gptlib.config import (check_settings, describe_range, in_range, read_environment, setting,
                            shown_default)
-from train_gpt2 import PRESETS, TrainConfig, parse_flags
+from gptlib.training.presets import PRESETS
+from train_gpt2 import TrainConfig, parse_flags
 
 # -----------------------------------------------------------------------------
 # ranges and environment variables

@@ -5,6 +5,7 @@
 
 import json
 import random
+import shutil
 import signal
 import sys
 import time
@@ -13,21 +14,23 @@ from subprocess import PIPE, STDOUT, Popen
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, environment, flags, read_log, run
+from conftest import (ROOT, TINY, command, english, environment, flags, read_log, run,
+                      write_dataset)
 from torch.distributed import TCPStore
 
 from gptlib.distributed import agree_on_name
 
-# 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three processes
-SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20, "hellaswag_data": "hella.jsonl"}
+# 320 tokens are ten rows: they divide evenly neither by two processes of three rows, nor by three
+# processes
+SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20,
+            "hellaswag_data": "hella.jsonl", "data_root": "data"}
 
 
-@pytest.fixture(autouse=True)
-def hellaswag_data(tmp_path):
+def write_hellaswag(path):
     """Twenty questions in the words of the corpus."""
     rng = random.Random(0)
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
-    with open(tmp_path / "hella.jsonl", "w") as f:
+    with open(path, "w") as f:
         for i in range(20):
             endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
             f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
@@ -40,62 +43,65 @@ def losses(log_dir):
     return [float(v) for kind in ("train", "val", "hella") for _, v in sorted(log[kind].items())]
 
 
-@pytest.fixture
-def single(tmp_path, data_root):
-    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root, log_dir="single"), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, questions, and `single`: the run of one process, which all share."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_dataset(folder / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
+    write_hellaswag(folder / "hella.jsonl")
+    train(folder, "single", checkpoint_interval=5)
+    return folder
+
+
+def train(folder, name, nproc=0, **settings):
+    """Train into the folder `name`; returns what was printed."""
+    argv = flags(**{**SETTINGS, "log_dir": name, **settings})
+    done = run("train_gpt2.py", *argv, cwd=folder, nproc=nproc)
     assert done.returncode == 0, done.stderr
-    return losses(tmp_path / "single")
+    return done.stdout
 
 
-@pytest.mark.parametrize("nproc,batch_size,total", [(0, 3, 320), (2, 4, 320), (2, 3, 320), (3, 3, 320), (3, 8, 320)])
-def test_losses_are_those_of_one_process(tmp_path, data_root, single, nproc, batch_size, total):
+@pytest.mark.parametrize("nproc, batch_size", [(0, 3), (2, 4), (2, 3), (3, 3), (3, 8)])
+def test_losses_are_those_of_one_process(folder, nproc, batch_size):
     """Guards against a loss that depends on the number of processes or the micro-batch."""
-    settings = {**SETTINGS, "batch_size": batch_size, "total_batch_size": total}
-    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path, nproc=nproc)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
+    name = f"{nproc}x{batch_size}"
+    train(folder, name, nproc, batch_size=batch_size)
+    assert losses(folder / name) == pytest.approx(losses(folder / "single"), abs=3e-5)
 
 
-def test_more_processes_than_rows_and_an_odd_batch(tmp_path, data_root):
+def test_more_processes_than_rows_and_an_odd_batch(folder):
     """Guards against ranks that wait forever for one that has nothing to read."""
-    settings = {**SETTINGS, "total_batch_size": 50, "max_steps": 8}  # two rows of 32 and 18 tokens for three processes
-    found = []
+    # two rows, of 32 and 18 tokens, for three processes
     for nproc in (0, 3):
-        argv = flags(**settings, data_root=data_root, log_dir=f"log{nproc}")
-        done = run("train_gpt2.py", *argv, cwd=tmp_path, nproc=nproc)
-        assert done.returncode == 0, done.stderr
-        found.append(losses(tmp_path / f"log{nproc}"))
-    assert found[0] == pytest.approx(found[1], abs=3e-5)
+        train(folder, f"odd{nproc}", nproc, total_batch_size=50, max_steps=8)
+    assert losses(folder / "odd0") == pytest.approx(losses(folder / "odd3"), abs=3e-5)
 
 
-def test_a_run_of_one_process_goes_on_on_two(tmp_path, data_root, single):
+def test_a_run_of_one_process_goes_on_on_two(folder):
     """Guards against tokens skipped or read twice when the number of processes changes."""
-    first = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--checkpoint_interval=5", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    for path in (tmp_path / "log").glob("model_00010.pt"):
-        path.unlink()
-    done = run("train_gpt2.py", *flags(**SETTINGS, data_root=data_root), "--auto_resume", cwd=tmp_path, nproc=2)
-    assert done.returncode == 0
-    assert "resuming at step 5 of 10, 1,600 tokens" in done.stdout
-    assert losses(tmp_path / "log") == pytest.approx(single, abs=3e-5)
-    assert torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["position"] == 3200
-    assert len(torch.load(tmp_path / "log" / "model_00010.pt", weights_only=True)["rng"]) == 2
+    shutil.copytree(folder / "single", folder / "resumed", symlinks=True)
+    (folder / "resumed" / "model_00010.pt").unlink()
+    output = train(folder, "resumed", nproc=2, auto_resume=True)
+    assert "resuming at step 5 of 10, 1,600 tokens" in output
+    assert losses(folder / "resumed") == pytest.approx(losses(folder / "single"), abs=3e-5)
+    saved = torch.load(folder / "resumed" / "model_00010.pt", weights_only=True)
+    assert (saved["position"], len(saved["rng"])) == (3200, 2)
 
 
-def test_sigterm_to_torchrun_stops_all_at_the_same_step(tmp_path, data_root):
+def test_sigterm_to_torchrun_stops_all_at_the_same_step(folder):
     """Guards against ranks that stop at different steps, and then wait for each other."""
     settings = {**SETTINGS, "max_steps": 2000, "eval_interval": 1000, "checkpoint_interval": 1000}
-    process = Popen(command("train_gpt2.py", *flags(**settings, data_root=data_root), nproc=2), cwd=tmp_path,
+    process = Popen(command("train_gpt2.py", *flags(**settings), nproc=2), cwd=folder,
                     env=environment(), text=True, stdout=PIPE, stderr=STDOUT)
-    log = tmp_path / "log" / "log.txt"
+    log = folder / "log" / "log.txt"
     while process.poll() is None and not (log.exists() and "\n20 train" in log.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    saved = list((tmp_path / "log").glob("model_*.pt"))
+    saved = list((folder / "log").glob("model_*.pt"))
     assert len(saved) == 1
     assert "goes on" in output
-    assert int(saved[0].stem[6:]) == max(read_log(tmp_path / "log")["train"]) + 1
+    assert int(saved[0].stem[6:]) == max(read_log(folder / "log")["train"]) + 1
 
 
 # -----------------------------------------------------------------------------
@@ -159,7 +165,8 @@ def test_a_restart_uses_keys_of_its_own(agent_store):
         env = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(agent_store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         ranks = [Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True,
-                       env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+                       env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank in (0, 1)]
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], outputs
         n_keys.append(agent_store.num_keys())

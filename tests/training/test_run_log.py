@@ -8,20 +8,14 @@ import json
 import math
 import sys
 import types
-from types import SimpleNamespace
 
 import pytest
 from conftest import read_log
 
 from gptlib.common import UserError
-from gptlib.training.plot import plot, select_curve
-from gptlib.training.run_log import append_line, RunLog
+from gptlib.training.run_log import RunLog, append_line, plot, select_curve
 
 FACTS = {"config": {"max_lr": 1e-3}}
-
-
-def settings(folder, **changes):
-    return SimpleNamespace(**{"log_dir": str(folder), "wandb": False, "tensorboard": False, **changes})
 
 
 def records(folder):
@@ -30,7 +24,7 @@ def records(folder):
 
 def write_run(folder, steps=4):
     """The log of a run that evaluates at every second step."""
-    with RunLog(settings(folder), None, FACTS) as log:
+    with RunLog(folder, None, FACTS) as log:
         for step in range(steps):
             if step % 2 == 0:
                 log.write(step, "val", loss=5.0 - step)
@@ -48,7 +42,7 @@ def test_the_three_fields_of_the_original_format(tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
     """json.dumps writes NaN, which no JSON parser reads."""
-    with RunLog(settings(tmp_path), None, FACTS) as log:
+    with RunLog(tmp_path, None, FACTS) as log:
         log.write(0, "train", loss=math.nan, norm=math.inf)
     assert records(tmp_path)[1] == {"kind": "train", "step": 0, "loss": None, "norm": None}
     assert read_log(tmp_path)["train"] == {0: "nan"}
@@ -62,7 +56,7 @@ def test_a_resume_drops_what_came_after_its_checkpoint(tmp_path):
         (tmp_path / f"model_{step:05d}.pt").write_bytes(b"")
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "tra')  # a crash in the middle of a line
-    RunLog(settings(tmp_path), 2, FACTS).close()
+    RunLog(tmp_path, 2, FACTS).close()
     log = read_log(tmp_path)
     assert sorted(log["train"]) == [0, 1]
     assert sorted(log["val"]) == [0, 2]
@@ -77,14 +71,14 @@ def test_a_new_run_moves_the_earlier_one_away(tmp_path):
     write_run(folder)
     before = (folder / "log.jsonl").read_bytes()
     (tmp_path / "log_001").mkdir()
-    RunLog(settings(folder), None, FACTS).close()
+    RunLog(folder, None, FACTS).close()
     assert (tmp_path / "log_002" / "log.jsonl").read_bytes() == before
     assert len(records(folder)) == 1
 
 
 def test_a_full_disk_warns_once_and_training_goes_on(tmp_path, capsys):
     """A run of days must not end because its log can't be written to."""
-    log = RunLog(settings(tmp_path), None, FACTS)
+    log = RunLog(tmp_path, None, FACTS)
     for name in ("log.txt", "log.jsonl"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).mkdir()  # not even root can append to a folder
@@ -97,7 +91,7 @@ def test_a_log_dir_that_can_not_be_made(tmp_path):
     """A file where the directory should be has to give one line that names the flag."""
     (tmp_path / "log").write_text("")
     with pytest.raises(UserError, match="--log_dir .* can't be written to"):
-        RunLog(settings(tmp_path / "log"), None, FACTS)
+        RunLog(tmp_path / "log", None, FACTS)
 
 
 class FakeWandb(types.ModuleType):
@@ -123,7 +117,7 @@ def test_wandb_is_closed_when_training_fails(tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with pytest.raises(KeyError):
-        with RunLog(settings(tmp_path, wandb=True), None, FACTS) as log:
+        with RunLog(tmp_path, None, FACTS, wandb=True) as log:
             log.write(3, "train", loss=1.5, mfu=None)
             raise KeyError
     log.close()  # a second time changes nothing
@@ -147,7 +141,7 @@ def test_tensorboard_is_closed_after_the_run(tmp_path, monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with RunLog(settings(tmp_path, tensorboard=True), None, FACTS) as log:
+    with RunLog(tmp_path, None, FACTS, tensorboard=True) as log:
         log.write(0, "val", loss=2.0)
     assert calls == [tmp_path / "tensorboard", ("val/loss", 2.0, 0), "close"]
 
@@ -156,7 +150,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
     """An optional package that is missing has to give one line that says what to install."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
-        RunLog(settings(tmp_path, wandb=True), None, FACTS)
+        RunLog(tmp_path, None, FACTS, wandb=True)
 
 
 @pytest.mark.parametrize("gpt2_tokens", [False, True])
@@ -164,8 +158,8 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
 def test_the_plot_of_any_run(tmp_path, steps, gpt2_tokens):
     """A run without any record yet, and one with HellaSwag, are drawn alike."""
     write_run(tmp_path, steps)
-    log = RunLog(settings(tmp_path), steps, FACTS)
-    log.draw(gpt2_tokens)
+    log = RunLog(tmp_path, steps, {**FACTS, "gpt2_tokens": gpt2_tokens})
+    log.draw()
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,17 +4,16 @@
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TINY, flags, run
 
-from gptlib.training import console as report
-from gptlib.training.console import Reporter
-from gptlib.training.run_log import RunLog
 from gptlib.common import duration
-from gptlib.training.report_page import code_block, format_report, table, thin_out
 from gptlib.distributed import World
+from gptlib.training.console import Console
+from gptlib.training.report_page import code_block, format_report, table, thin_out
+from gptlib.training.run_log import RunLog
 
 FACTS = dict(
     config=dict(max_steps=4, total_batch_size=100, dollars_per_hour=36.0, sample_prompt="a | b",
@@ -23,10 +22,6 @@ FACTS = dict(
     command="python train_gpt2.py --sample_prompt 'a | b'", parameters=1234, vocab_size=64,
     git_commit=None, torch="2.13.0", device="NVIDIA H100", dtype="torch.bfloat16", world_size=8,
     time="2026-11-21T10:00:00+0000", gpt2_tokens=True)
-
-
-def settings(folder):
-    return SimpleNamespace(log_dir=str(folder), wandb=False, tensorboard=False)
 
 
 def write_run(log, steps, elapsed=10.0):
@@ -54,7 +49,7 @@ def row_of(text, name):
 @pytest.fixture
 def finished(tmp_path):
     """The report of a run that went through all its steps."""
-    log = RunLog(settings(tmp_path), None, FACTS)
+    log = RunLog(tmp_path, None, FACTS)
     write_run(log, range(4))
     log.write(4, "val", loss=2.5, bpb=1.5, elapsed=40.0)
     log.note(4, "end", elapsed=50.0)
@@ -90,9 +85,9 @@ def test_what_a_finished_run_says(finished):
 
 def test_time_and_stops_of_a_resumed_run(tmp_path):
     """Steps that were lost cost money too; a report without them is too cheap."""
-    with RunLog(settings(tmp_path), None, FACTS) as log:
+    with RunLog(tmp_path, None, FACTS) as log:
         write_run(log, range(3))  # 30 seconds, then killed
-    with RunLog(settings(tmp_path), 2, {**FACTS, "time": "later"}) as log:
+    with RunLog(tmp_path, 2, {**FACTS, "time": "later"}) as log:
         log.write(2, "train", loss=3.0, norm=float("nan"), ms=2000.0, tokens_per_second=50.0,
                   mfu=None, elapsed=15.0)
         log.note(3, "end", elapsed=20.0)
@@ -103,7 +98,7 @@ def test_time_and_stops_of_a_resumed_run(tmp_path):
     assert "- Resumed at step 2 (later)." in text
     assert "- Skipped 1 updates whose gradient was not finite, at steps 2." in text
 
-    with RunLog(settings(tmp_path), 3, FACTS) as log:  # it goes on: it is not stopped any more
+    with RunLog(tmp_path, 3, FACTS) as log:  # it goes on: it is not stopped any more
         log.write(3, "train", loss=3.0, norm=1.0, ms=2000.0, tokens_per_second=50.0, mfu=None,
                   elapsed=5.0)
         log.write_report()
@@ -115,10 +110,10 @@ def test_time_and_stops_of_a_resumed_run(tmp_path):
 def test_each_session_counts_with_its_own_batch_and_price(tmp_path):
     """A resume may change both. Two steps of 100 tokens in 20 seconds at $36 an hour, then two of
     200 tokens in 10 seconds at $3.60: 600 tokens for 20 cents and 1 cent."""
-    with RunLog(settings(tmp_path), None, FACTS) as log:
+    with RunLog(tmp_path, None, FACTS) as log:
         write_run(log, range(2))
     config = {**FACTS["config"], "total_batch_size": 200, "dollars_per_hour": 3.6}
-    with RunLog(settings(tmp_path), 2, {**FACTS, "config": config, "command": "the second"}) as log:
+    with RunLog(tmp_path, 2, {**FACTS, "config": config, "command": "the second"}) as log:
         log.write(2, "val", loss=4.0, bpb=1.0, elapsed=4.0)
         log.write(4, "val", loss=3.0, bpb=1.0, elapsed=9.0)
         log.note(4, "end", elapsed=10.0)
@@ -133,15 +128,14 @@ def test_each_session_counts_with_its_own_batch_and_price(tmp_path):
 
 def test_a_run_that_ended_by_an_error_says_so(tmp_path):
     """`Running` would have its reader wait for a run that is over."""
-    cfg = SimpleNamespace(**vars(settings(tmp_path)), max_steps=4, total_batch_size=100,
-                          log_interval=1)
-    model = SimpleNamespace(flops_per_token=lambda: 1)
-    nan = float("nan")
+    nan = torch.tensor(float("nan"))
+    log = RunLog(tmp_path, None, FACTS)
     with pytest.raises(ValueError, match="the disk is full"):
-        with Reporter(cfg, model, FACTS, SimpleNamespace(type="cpu"), World(), None) as reporter:
-            reporter.validation(0, 7.5)
-            reporter.step(0, nan, 0.1, nan, 10.0)
-            reporter.validation(1, nan)
+        with Console(log, torch.device("cpu"), World(), 4, 100, 1) as console:
+            console.validation(0, 7.5)
+            console.step_begins()
+            console.step_ended(0, nan, 0.1, nan)
+            console.validation(1, float("nan"))
             raise ValueError("the disk is full")
     text = read_report(tmp_path)
     assert "Ended by an error: step 1 of 4, 100 tokens. the disk is full" in text
@@ -152,18 +146,18 @@ def test_a_run_that_ended_by_an_error_says_so(tmp_path):
 
 def test_a_resume_of_a_log_without_its_first_record(tmp_path):
     """A disk that was full at the start and has room again: the run has to go on."""
-    with RunLog(settings(tmp_path), None, FACTS) as log:
+    with RunLog(tmp_path, None, FACTS) as log:
         write_run(log, range(2))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     (tmp_path / "log.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    with RunLog(settings(tmp_path), 2, FACTS) as log:
+    with RunLog(tmp_path, 2, FACTS) as log:
         log.write_report()
     assert row_of(read_report(tmp_path), "time, evaluations")[1] == "20 s"
 
 
 def test_a_run_of_another_tokenizer(tmp_path):
     """Its losses are of other tokens: GPT-2's beside them would mislead."""
-    log = RunLog(settings(tmp_path), None, {**FACTS, "gpt2_tokens": False})
+    log = RunLog(tmp_path, None, {**FACTS, "gpt2_tokens": False})
     write_run(log, range(3))
     log.write_report()
     assert "OpenAI" not in read_report(tmp_path)
@@ -171,14 +165,14 @@ def test_a_run_of_another_tokenizer(tmp_path):
 
 def test_a_log_that_has_no_step_yet(tmp_path):
     """The first evaluation comes before the first step: a mean of nothing would end the run."""
-    log = RunLog(settings(tmp_path), None, {"config": FACTS["config"], **FACTS})
+    log = RunLog(tmp_path, None, {"config": FACTS["config"], **FACTS})
     log.write_report()
     assert "Running: step 0 of 4, 0 tokens." in read_report(tmp_path)
 
 
 def test_a_full_disk_keeps_the_last_report(tmp_path, monkeypatch):
     """The report that was there has to stay, and the run has to go on."""
-    log = RunLog(settings(tmp_path), None, FACTS)
+    log = RunLog(tmp_path, None, FACTS)
     (tmp_path / "report.md").write_text("before")
 
     def fail(descriptor):
@@ -191,7 +185,7 @@ def test_a_full_disk_keeps_the_last_report(tmp_path, monkeypatch):
 
 def test_a_log_that_could_not_be_written(tmp_path):
     """A disk that was full from the beginning leaves no first record: the run goes on without."""
-    log = RunLog(settings(tmp_path), None, FACTS)
+    log = RunLog(tmp_path, None, FACTS)
     (tmp_path / "log.jsonl").write_text("")
     log.write_report()
     assert not (tmp_path / "report.md").exists()
@@ -206,7 +200,7 @@ def test_markdown_shows_samples_and_cells_as_they_are(tmp_path):
     markdown-it is the parser that reads the page here; its tables and fences are GitHub's.
     """
     markdown_it = pytest.importorskip("markdown_it")
-    log = RunLog(settings(tmp_path), None, {**FACTS, "data": "a | b"})
+    log = RunLog(tmp_path, None, {**FACTS, "data": "a | b"})
     log.note(2, "samples", texts=[TRICKY])
     log.write_report()
     tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(read_report(tmp_path))
@@ -237,26 +231,6 @@ def test_the_helpers_for_markdown():
     assert code_block("a") == "```text\na\n```"
     assert code_block("a ```` b").splitlines()[0] == "`````text"
     assert table(["a"], [["b|c\nd"]]) == "| a |\n| --- |\n| b\\|c d |"
-
-
-def test_the_console_tells_the_time_left(tmp_path, monkeypatch, capsys):
-    """An estimate with the compiling first step in it would promise hours too many."""
-    clock = iter([0.0])
-    now = [0.0]
-    monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock, now[0]))
-    cfg = SimpleNamespace(**vars(settings(tmp_path)), max_steps=5, total_batch_size=100,
-                          log_interval=1)
-    model = SimpleNamespace(flops_per_token=lambda: 1)
-    device = SimpleNamespace(type="cpu")
-    with Reporter(cfg, model, FACTS, device, World(), None) as reporter:
-        for step, seconds in enumerate([100.0, 110.0, 130.0, 145.0, 150.0]):
-            now[0] = seconds
-            reporter.step(step, 1.0, 0.1, 1.0, 10.0)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "tok/sec" in line]
-    left = [line.split(" | ")[-1] for line in lines]
-    assert left[1:4] == ["30 s left", "30 s left", "15 s left"]
-    assert "left" not in left[0]
-    assert "left" not in left[4]
 
 
 def test_a_real_run_leaves_its_report(data_root, tmp_path):

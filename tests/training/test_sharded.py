@@ -22,6 +22,7 @@ from gptlib.checkpoints.start import choose_checkpoint
 from gptlib.checkpoints.directory import SafeReader
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes
+from gptlib.training.parallel import Layout
 from gptlib.data.tokenizer import export_tokenizer, load_tokenizer
 from inference import load_for_sampling
 from interop_helpers import hugging_face
@@ -384,7 +385,10 @@ def test_the_peak_of_a_sharded_step_is_planned(killed, name):
     weights that stay gathered, or by an optimizer that handles all matrices at once."""
     cfg, config, _ = measured_settings(name, 2)
     with torch.device("meta"):
-        planned = estimate_memory(model_sizes(GPT(config)), cfg, cfg.batch_size, 2).peak
+        sizes = model_sizes(GPT(config))
+    layout = Layout(shard=True, recompute_every=int(cfg.recompute), compile=False)
+    planned = estimate_memory(sizes, layout, cfg.optimizer, cfg.total_batch_size, cfg.batch_size,
+                              2).peak
     for rank in range(2):
         before, peak = json.loads((killed / "peak_of_steps" / f"{rank}.json").read_text())[name]
         expected = before + planned
