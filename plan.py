@@ -494,8 +494,7 @@ def main():
     start = load_start(flags, World(), [f.name for f in dataclasses.fields(TrainConfig)])
     cfg = TrainConfig(**{**start.settings, **flags})
     vocabulary = find_vocabulary(cfg, start.checkpoint)
-    for line in plan(cfg, own, lambda cfg: create_model(cfg, Start(), vocabulary), argv):
-        print(line)
+    print(*plan(cfg, own, lambda cfg: create_model(cfg, Start(), vocabulary), argv), sep="\n")
 
 
 if __name__ == "__main__":

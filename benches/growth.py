@@ -11,7 +11,6 @@ from benches.turns import separate_processes
 from gptlib.common import UserError, atomic_write, log
 from gptlib.runtime import resolve_device
 from gptlib.training.presets import PRESETS
-from train_gpt2 import 
 
 
 def peak_memory(device):
