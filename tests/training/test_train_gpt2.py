@@ -334,6 +334,26 @@ def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root
         assert train(cfg) < 3.0, settings
 
 
+def test_a_run_past_its_end_ends_at_once(tmp_path, data_root, monkeypatch, capsys):
+    """Guards against a resumed run that never meets its last step, trains on, and prunes the good
+    checkpoints of the finished run."""
+    def start(*more):
+        settings = {**TINY, "max_steps": 4, "checkpoint_interval": 1, "eval_interval": 10,
+                    "keep_checkpoints": 2, "data_root": data_root, "log_dir": tmp_path / "log"}
+        monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(**settings), *more])
+        train_gpt2.main()
+        return {p.name: p.read_bytes() for p in sorted((tmp_path / "log").iterdir())}
+
+    finished = start()
+    assert {"model_00003.pt", "model_00004.pt"} <= set(finished)
+    checkpoint = f"--checkpoint_path={tmp_path / 'log' / 'model_00004.pt'}"
+    for more in (["--auto_resume", "--max_steps=2"], ["--auto_resume"],
+                 ["--resume", checkpoint, "--max_steps=3"]):
+        capsys.readouterr()
+        assert start(*more) == finished, more
+        assert "nothing to do: the run is at step 4 already" in capsys.readouterr().out, more
+
+
 def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root):
     """The same losses as the eager run, evaluated and sampled on the way: torch.compile gets in the way of neither."""
     losses = {}
