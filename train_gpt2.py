@@ -166,13 +166,13 @@ class GPT(nn.Module):
     def hidden(self, idx, attention=CAUSAL):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
-        attention: says where these tokens stand and what they attend to. With a cache's, idx holds
-        only the new tokens.
+        attention: where they stand and what they attend to. With a cache's, idx has the new ones.
         """
         pos = attention.positions(idx)  # (T,) or (B, T)
-        if pos.size(-1) > self.config.block_size:
-            raise ValueError(f"a sequence of {pos.size(-1)} tokens is longer than the model's "
-                             f"block size {self.config.block_size}")
+        T, limit = idx.size(1), self.config.block_size
+        if pos.dim() == 1 and T > limit:  # a row that packs several sequences may be longer
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's block size "
+                             f"{limit}")
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:
             x = block(x, attention)
