@@ -21,6 +21,8 @@ $ python fineweb.py --max_tokens 1000000000 --data_root edu_fineweb1B
 The third of eight parts, one for each machine, and how they become one dataset in the end:
 $ python fineweb.py --name sample-350BT --data_root edu_fineweb350B --part 3/8
 $ python fineweb.py --merge --data_root edu_fineweb350B
+The first billion of FineWeb-Edu's tokens, which others have tokenized already:
+$ python fineweb.py --ready fineweb-edu-100B --max_tokens 1000000000
 Check that no byte of the shards has changed since they were written:
 $ python fineweb.py --verify --data_root books
 
@@ -43,11 +45,13 @@ from gptlib.common import ArgumentParser, UserError, atomic_write, print0, run_m
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.merging import merge_parts
 from gptlib.data.parts import WHOLE, parse_part
+from gptlib.data.ready import READY_SETS, fetch_ready
 from gptlib.data.shard_writer import ShardWriter
 from gptlib.data.shards import checksums_of, list_shards, read_meta, verify_shard
 from gptlib.data.sources import FINEWEB, FINEWEB_TOKENS, open_source
 from gptlib.data.tokenizer import EOT, load_tokenizer, tokenizer_to_dict, train_bpe
-from gptlib.data.tokenizing import encode_batches, split_chunk, training_text, whole_documents
+from gptlib.data.tokenizing import (HOLDS_EOT, count_marked, encode_batches, split_chunk,
+                                    training_text, whole_documents)
 from gptlib.lock import lock_directory
 from gptlib.training.presets import DEMO_VOCAB_SIZE, PRESETS
 
@@ -71,6 +75,8 @@ class PrepareConfig:
     name: str = setting(None, "configuration of the dataset; for FineWeb-Edu sample-10BT "
                         "(default), sample-100BT or sample-350BT", optional=True)
     column: str = setting("text", "column or key that holds the text")
+    split_on: str = setting(None, "cut .txt and .md files into documents at each line that is this "
+                            f"text, such as '{EOT}' (default: a file is a document)", optional=True)
     revision: str = setting(None, "commit, branch or tag of the dataset on the Hub (default: the "
                             "newest)", optional=True)
     keep_downloads: bool = setting(False, "download into Hugging Face's cache and keep the files "
@@ -118,6 +124,8 @@ class PrepareConfig:
         if self.max_tokens and self.tokenizer == "bpe" and self.max_tokens < two_shards:
             raise UserError(f"--max_tokens is {self.max_tokens}: expected at least two shards with "
                             f"--tokenizer bpe, {two_shards} tokens; choose a smaller --shard_size")
+        if self.split_on == "":
+            raise UserError("--split_on is empty: expected the text of a line, or no --split_on")
         if self.max_tokens and parse_part(self.part) != WHOLE:
             raise UserError("--max_tokens ends the whole source, so it does not go with --part")
         self.source = self.source or ("fineweb" if self.files is None else "files")
@@ -143,17 +151,18 @@ def prepare(cfg):
             raise UserError(f"{root} is a dataset already: choose another --data_root")
         root = root / part.folder()
     meta = read_meta(root)
-    text = open_source(cfg.source, cfg.files, cfg.dataset, cfg.name, cfg.column,
+    text = open_source(cfg.source, cfg.files, cfg.dataset, cfg.name, cfg.column, cfg.split_on,
                        revision=cfg.revision, recorded=meta.get("hub"),
                        folder=None if cfg.keep_downloads else root / "downloads")
     settings = recorded_settings(cfg, part, text)
+    warn_if_mixed(text, cfg.data_root)
 
     # continue what an interrupted run with these settings has left, or begin
     finished_shards = find_finished_shards(root, meta)
     changed = changed_settings(meta, settings)
     if finished_shards and changed:
-        raise UserError(f"{root} was made with other settings ({'; '.join(changed)}): remove it "
-                        "or choose another --data_root")
+        raise UserError(f"{root} was made with other settings ({'; '.join(changed)}): choose "
+                        f"another --data_root, or remove {our_files(root, meta)}, nothing else")
     if meta.get("complete") and len(finished_shards) == len(meta["shards"]):
         print(f"{root} is complete: {sum(meta['tokens'].values()):,} tokens in "
               f"{len(finished_shards)} shards. Nothing to do")
@@ -175,6 +184,22 @@ def prepare(cfg):
         text.close()
     print_summary(writer, root)
     return read_meta(root)
+
+
+def warn_if_mixed(text, data_root):
+    """Warn if the dataset directory is also the folder of the user's own texts."""
+    root = Path(data_root).resolve()
+    if any(Path(path).resolve().is_relative_to(root) for path in text.paths or ()):
+        warn(f"{data_root} holds texts of --files, too: choose a --data_root of its own, so that "
+             "nobody removes the texts with the dataset")
+
+
+def our_files(root, meta):
+    """The files that this program has made in a dataset directory, in words."""
+    names = [shard["name"] for shard in meta["shards"]]
+    shards = names[0] if len(names) == 1 else f"its {len(names)} shards {names[0]} to {names[-1]}"
+    others = [name for name in ("meta.json", "tokenizer.tiktoken") if (root / name).exists()]
+    return f"{shards}, {' and '.join(others)} in it"
 
 
 def recorded_settings(cfg, part, text):
@@ -287,7 +312,7 @@ def write_documents(writer, enc, text, num_proc, max_tokens=None):
     """Tokenize the documents that are not in the finished shards, and write them."""
     from tqdm import tqdm
     skip, last_doc_tokens = writer.position()
-    total = writer.totals()["tokens"]
+    total, num_holding_eot = writer.totals()["tokens"], 0
     stream = encode_batches(enc, text.batches(skip, writer.part), num_proc)
     with (tqdm(desc="tokenizing", unit="tok", unit_scale=True, initial=total) as bar,
           contextlib.closing(stream)):
@@ -300,12 +325,16 @@ def write_documents(writer, enc, text, num_proc, max_tokens=None):
             if max_tokens is not None:
                 chunk = whole_documents(chunk, max_tokens - total, writer.eot, writer.token_sizes)
             total += len(chunk.tokens)
+            num_holding_eot += count_marked(chunk.marks, HOLDS_EOT)
             bar.update(len(chunk.tokens))
             writer.add(chunk)
             if len(chunk.tokens) < num_tokens:
                 writer.end_early()
                 break
     writer.finish()
+    if num_holding_eot:
+        warn(f"{num_holding_eot:,} documents hold the text {EOT}, tokenized as any other text; "
+             f"--split_on '{EOT}' cuts .txt and .md files into documents at lines of it")
 
 
 # -----------------------------------------------------------------------------
@@ -368,6 +397,9 @@ def shards_to_verify(root, meta):
 def make_parser():
     parser = ArgumentParser(__doc__)
     add_flags(parser, PrepareConfig)
+    parser.add_argument("--ready", metavar="NAME", help="only fetch shards that others have made, "
+                        f"and exit: {', '.join(READY_SETS)}, or any dataset on the Hub with such "
+                        "files; as many as --max_tokens needs")
     parser.add_argument("--verify", action="store_true", help="only check the shards in "
                         "--data_root against their checksums, and exit")
     parser.add_argument("--merge", action="store_true",
@@ -397,9 +429,14 @@ def find_or_make_shards(data_root, is_demo, world):
 
 def main():
     flags = vars(make_parser().parse_args())
-    merge, verify = flags.pop("merge"), flags.pop("verify")
+    ready, merge, verify = (flags.pop(key) for key in ("ready", "merge", "verify"))
     cfg = PrepareConfig(**flags)
-    if merge:
+    if ready is not None:
+        unused = flags.keys() - {"data_root", "max_tokens", "revision"}
+        if unused or merge or verify:
+            raise UserError("--ready goes with --data_root, --max_tokens and --revision alone")
+        fetch_ready(cfg.data_root, ready, cfg.max_tokens, cfg.revision)
+    elif merge:
         meta = merge_parts(cfg.data_root)
         print(f"{cfg.data_root}: {sum(meta['tokens'].values()):,} tokens in "
               f"{len(meta['shards'])} shards")

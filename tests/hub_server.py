@@ -16,7 +16,7 @@ REPOSITORY = "somebody/text"
 class HubServer(ThreadingHTTPServer):
     """files: {path in the repository: bytes}.
 
-    answers: {"HEAD" or "GET": what happens to the next such requests for a parquet file, one each:
+    answers: {"HEAD" or "GET": what happens to the next such requests for a data file, one each:
     a status code, "drop" (the connection ends after a third of the bytes) or "slow"}; later ones
     are answered as they should be. downloads: (path, first byte, last byte + 1) of each that was
     answered.
@@ -102,8 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         data = self.files_of(revision).get(name)
         if data is None or revision not in (self.server.commit, COMMIT, "main"):
             return self.send_error_json(404)
-        is_text = name.endswith(".parquet")
-        answer = self.server.next_answer(self.command) if is_text else None
+        is_data = name.endswith((".parquet", ".bin"))
+        answer = self.server.next_answer(self.command) if is_data else None
         if isinstance(answer, int):
             return self.send_error_json(answer, [("Retry-After", "0")])
         first, last = 0, len(data)

@@ -1,5 +1,6 @@
-"""Parquet files of a dataset on the Hugging Face Hub: which there are, and how they are fetched."""
+"""Files of a dataset on the Hugging Face Hub: which there are, and how they are fetched."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from gptlib.common import UserError, first_line, warn
+from gptlib.data.shards import is_relative_path
 
 FILES_AHEAD = 2  # files that are fetched while one is read
 FOOTERS_AHEAD = 8  # footers that are read at a time, where finished files are skipped
@@ -40,11 +42,20 @@ def find_parquet_files(dataset, name, revision=None):
     return None
 
 
-class HubFiles:
-    """Parquet files of one commit of a dataset on the Hub.
+def list_files(dataset, revision=None):
+    """The commit of a dataset on the Hub, and {path: size in bytes} of its files."""
+    from huggingface_hub import HfApi
+    api = HfApi()
+    commit = api.dataset_info(dataset, revision=revision).sha
+    entries = api.list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
+    return commit, {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
-    folder: where files lie while they are read; each is removed when its last row is read. Without
-    one they stay in Hugging Face's own cache.
+
+class HubFiles:
+    """Files of one commit of a dataset on the Hub.
+
+    folder: files lie in it while they are read, and are removed then. Without one they stay in
+    Hugging Face's own cache.
     """
 
     def __init__(self, dataset, revision, folder=None):
@@ -53,6 +64,8 @@ class HubFiles:
     def fetch(self, path):
         """Download a file, or what is missing of it. Returns the local path."""
         from huggingface_hub import hf_hub_download
+        if not is_relative_path(path):  # it would be written outside of the folder
+            raise UserError(f"dataset {self.dataset} has a file {path!r}: not a path within it")
         return with_retries(path, lambda: hf_hub_download(
             self.dataset, path, repo_type="dataset", revision=self.revision,
             local_dir=self.folder))
@@ -79,13 +92,27 @@ class HubFiles:
         return with_retries(path, read_footer)
 
 
+@contextlib.contextmanager
+def hub_errors(dataset):
+    """Turn any error of another package into a UserError that names the dataset."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the Hub, the network, a damaged file: dozens of classes
+        raise UserError(f"cannot read dataset {dataset}: {type(error).__name__}: "
+                        f"{first_line(error)}. Finished shards are kept: repair it and run the "
+                        "same command again") from error
+
+
 def with_retries(path, work):
     """Do work() again while the network or the server fails, at growing intervals."""
     for number in range(1, MAX_TRIES + 1):
         try:
             return work()
         except Exception as error:  # the network and the server fail in dozens of classes
-            if number == MAX_TRIES or not may_pass(error):
+            is_ending = not threading.main_thread().is_alive()  # then all connections break
+            if number == MAX_TRIES or is_ending or not may_pass(error):
                 raise
             wait = seconds_to_wait(error, number)
             warn(f"{path}: {first_line(error)}; trying again in {wait:.0f} s")

@@ -15,8 +15,8 @@ import tiktoken
 import torch
 
 from gptlib.common import UserError
-from gptlib.data.shards import (checksums_of, list_shards, open_shard, read_meta, tokens_per_byte,
-                                verify_shard)
+from gptlib.data.shards import (checksums_of, is_fineweb_edu, list_shards, open_shard, read_meta,
+                                tokens_per_byte, verify_shard)
 from gptlib.data.tokenizer import byte_lengths, find_tokenizer, load_tokenizer
 from gptlib.distributed import World
 
@@ -36,6 +36,7 @@ class Dataset:
     val: "TokenLoader"
     val_tokens_per_byte: float | None  # None if the bytes of text are not known
     description: str  # where it is, its source, size and tokenizer, in one line
+    is_fineweb_edu: bool  # whether val is FineWeb-Edu's val split, with which others compare
 
 
 def open_dataset(data_root, block_size, seed=0, shuffle=False, dev=False):
@@ -52,7 +53,8 @@ def open_dataset(data_root, block_size, seed=0, shuffle=False, dev=False):
     description = describe_dataset(data_root, meta)
     if not dev:
         val = TokenLoader(data_root, "val", block_size, meta=meta)
-        return Dataset(tokenizer, train, val, tokens_per_byte(meta, "val"), description)
+        return Dataset(tokenizer, train, val, tokens_per_byte(meta, "val"), description,
+                       is_fineweb_edu(data_root, meta))
 
     end = train.n_tokens
     begin = end - min(end // 10, MAX_DEV_TOKENS)
@@ -62,7 +64,8 @@ def open_dataset(data_root, block_size, seed=0, shuffle=False, dev=False):
     val = PartLoader(data_root, "train", block_size, begin, end, meta=meta)
     train = PartLoader(data_root, "train", block_size, 0, begin, seed, shuffle, meta)
     n_bytes = count_bytes(val, tokenizer)
-    return Dataset(tokenizer, train, val, val.n_tokens / n_bytes if n_bytes else None, description)
+    return Dataset(tokenizer, train, val, val.n_tokens / n_bytes if n_bytes else None, description,
+                   is_fineweb_edu=False)
 
 
 def describe_dataset(data_root, meta):

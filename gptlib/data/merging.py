@@ -1,12 +1,13 @@
 """The parts of a dataset, made by several machines, are merged into one dataset."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from gptlib.common import UserError, atomic_write
 from gptlib.data.parts import Part
-from gptlib.data.shards import read_meta, write_meta
+from gptlib.data.shards import list_shards, read_meta, write_meta
 from gptlib.lock import LOCK_NAME, lock_directory
 
 
@@ -17,25 +18,53 @@ def merge_parts(data_root):
     part is missing, not complete, or made in another way than the first.
     """
     root = Path(data_root)
-    folders = sorted(root.glob("part_*_of_*"))
+    folders = find_parts(root)
     meta = read_meta(root)
     if meta.get("complete") and not folders:
         raise UserError(f"{root} is complete, and holds no parts to merge")
-    with lock_directory(root):
-        metas = read_parts(root, folders)
-        merged = merge_metas(root, metas)
-        tokenizer = folders[0] / "tokenizer.tiktoken"
-        if tokenizer.exists():
-            atomic_write(root / tokenizer.name, lambda f: f.write(tokenizer.read_bytes()))
-        write_meta(root, merged | {"complete": False})  # every shard has its record before it comes
-        for folder, part in zip(folders, metas, strict=True):
-            for shard in part["shards"]:
-                if (folder / shard["name"]).exists():
-                    os.replace(folder / shard["name"], root / shard["name"])
-        write_meta(root, merged)
-        for folder in folders:
-            shutil.rmtree(folder)
+    try:
+        with lock_directory(root):
+            if meta.get("complete"):  # an earlier merge was interrupted while it removed folders
+                remove_folders(folders)
+                return meta
+            return move_parts(root, folders)
+    except OSError as error:
+        raise UserError(f"cannot merge the parts in {root}: {error.strerror or error} "
+                        f"({error.filename}). Put all parts on one disk, and run it again"
+                        ) from error
+
+
+def find_parts(root):
+    """The sorted folders of parts in a directory."""
+    return sorted(path for path in root.glob("part_*_of_*")
+                  if re.fullmatch(r"part_\d{4}_of_\d{4}", path.name) and not path.is_symlink())
+
+
+def move_parts(root, folders):
+    """Merge the parts in these folders. Returns the contents of the new meta.json."""
+    metas = read_parts(root, folders)
+    merged = merge_metas(root, folders, metas)
+    tokenizer = folders[0] / "tokenizer.tiktoken"
+    if tokenizer.exists():
+        atomic_write(root / tokenizer.name, lambda f: f.write(tokenizer.read_bytes()))
+    write_meta(root, merged | {"complete": False})  # every shard has its record before it comes
+    for folder, part in zip(folders, metas, strict=True):
+        for shard in part["shards"]:
+            if (folder / shard["name"]).exists():
+                os.replace(folder / shard["name"], root / shard["name"])
+    write_meta(root, merged)
+    remove_folders(folders)
     return merged
+
+
+def remove_folders(folders):
+    """Remove folders of parts whose shards have been moved. Raises UserError if one holds any."""
+    for folder in folders:
+        if list_shards(folder, "train") or list_shards(folder, "val"):
+            raise UserError(f"{folder} holds shards, but the dataset around it is complete: move "
+                            "the folder away, or remove it")
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def read_parts(root, folders):
@@ -55,7 +84,7 @@ def read_parts(root, folders):
         raise UserError(f"{root} lacks {len(missing)} of {count} parts: {', '.join(missing[:8])}")
     metas = [read_meta(folder) for folder in folders]
     for folder, meta in zip(folders, metas, strict=True):
-        if not meta.get("complete"):
+        if not meta.get("complete") or "settings" not in meta:
             raise UserError(f"{folder} is not complete: run its command again")
         if (folder / LOCK_NAME).exists():
             with lock_directory(folder):
@@ -77,9 +106,8 @@ def recipe(folder, meta):
             "text for the tokenizer": meta["trained_within"]}
 
 
-def merge_metas(root, metas):
+def merge_metas(root, folders, metas):
     """The meta.json of the whole, from that of each part. Raises UserError if they differ."""
-    folders = sorted(root.glob("part_*_of_*"))
     first, *others = [recipe(folder, meta)
                       for folder, meta in zip(folders, metas, strict=True)]
     for folder, other in zip(folders[1:], others, strict=True):
@@ -88,6 +116,9 @@ def merge_metas(root, metas):
                 raise UserError(f"{folder} was made in another way than {folders[0]}: {what} is "
                                 f"{other.get(what)!r:.60}, not {value!r:.60}. Make it again")
     shards = [shard for meta in metas for shard in meta["shards"]]
+    names = [shard["name"] for shard in shards]
+    if len(set(names)) < len(names):
+        raise UserError(f"the parts in {root} have shards of the same name: make them again")
     merged = metas[0] | {"shards": shards, "complete": True}
     merged["settings"] = merged["settings"] | {"part": None}
     for unit in ("tokens", "bytes"):

@@ -10,10 +10,14 @@ from gptlib.common import UserError
 # of its tokens at once.
 LARGE_ROW_GROUP = 2**26
 PIECE = 2**20  # bytes of text that are read at a time, about
+MOST_REPEATED = 2**30  # bytes of text in one piece, if each row repeats the longest text
+MAX_DOCUMENT = 2**30  # bytes; a longer document is refused before it is in memory
 
 
 def text_of(value, column, where):
-    """The document in a row's column; null is an empty document."""
+    """The document in a row's column: text, or bytes that are UTF-8; null is an empty document."""
+    if isinstance(value, bytes):
+        value = value.decode()
     if not isinstance(value, str | None):
         raise UserError(f"{where}: {column!r} is {value!r:.60}, not text; name the text by "
                         "--column")
@@ -78,6 +82,18 @@ class ParquetFile:
         return sum(column.total_uncompressed_size for column in columns
                    if column.path_in_schema.split(".")[0] == self.column)
 
+    def dictionary_size(self, index):
+        """The bytes of the longest text that a row group can repeat; 0 if it repeats none.
+
+        A column's chunk may begin with a page of texts, its dictionary, to which rows refer by
+        number. So a small file can stand for any amount of text.
+        """
+        group = self.metadata.row_group(index)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        sizes = [size_of_dictionary_page(self.path, column) for column in columns
+                 if column.path_in_schema.split(".")[0] == self.column]
+        return max(sizes, default=0)
+
     def rows(self, index, first, last):
         """Yield rows `first` to `last` of a row group as lists of documents, of PIECE each.
 
@@ -86,8 +102,13 @@ class ParquetFile:
         """
         import pyarrow.parquet
         size = self.text_size(index) / self.metadata.row_group(index).num_rows
+        longest = max(size, self.dictionary_size(index))
+        if longest > MAX_DOCUMENT:
+            raise UserError(f"{self.path}: row group {index} has documents of {longest:.0f} bytes; "
+                            f"expected at most {MAX_DOCUMENT}. Leave it out of --files")
         # at most 1024, because text that repeats itself is larger than its encoded size
         rows_at_a_time = min(max(1, int(PIECE / max(size, 1))), 1024)
+        rows_at_a_time = min(rows_at_a_time, max(1, int(MOST_REPEATED / max(longest, 1))))
         begin = 0
         with (readable(self.path),
               pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False,
@@ -108,6 +129,32 @@ class ParquetFile:
             is_done = self.num_unread == 0
         if is_done and self.on_done:
             self.on_done()
+
+
+def size_of_dictionary_page(path, column):
+    """The bytes of texts in the dictionary page of a column's chunk; 0 if it begins with data.
+
+    column: its ColumnChunkMetaData. Its header is in Thrift's compact protocol: field 1 is the type
+    of the page (2: a dictionary), field 2 its size when decompressed, both zigzag integers.
+    """
+    offsets = [column.data_page_offset]
+    if column.has_dictionary_page:
+        offsets.append(column.dictionary_page_offset)
+    with open(path, "rb") as f:
+        f.seek(max(min(offsets), 0))
+        header = f.read(16)
+    page_type, rest = read_field(header)
+    return read_field(rest)[0] if page_type == 2 else 0
+
+
+def read_field(data):
+    """An integer field of Thrift's compact protocol. Returns (its value, the bytes after it)."""
+    value = 0
+    for i, byte in enumerate(data[1:]):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            return value >> 1 ^ -(value & 1), data[2 + i:]
+    return 0, b""
 
 
 class RowGroup(NamedTuple):

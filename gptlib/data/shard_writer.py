@@ -9,7 +9,8 @@ from gptlib.common import UserError
 from gptlib.data.parts import WHOLE
 from gptlib.data.shards import save_shard, shard_checksum, write_meta
 from gptlib.data.tokenizer import byte_lengths
-from gptlib.data.tokenizing import EMPTY, REPAIRED, Chunk, join_chunks, measure, split_chunk
+from gptlib.data.tokenizing import (EMPTY, REPAIRED, Chunk, count_marked, join_chunks, measure,
+                                    split_chunk)
 
 COUNTS = ("tokens", "bytes", "documents", "empty", "repaired")  # of a shard, in meta.json
 
@@ -189,8 +190,8 @@ class ShardWriter:
             "tokens": len(tokens),
             "bytes": chunk.num_bytes,
             "documents": len(starts),
-            "empty": chunk.marks.count(EMPTY),
-            "repaired": chunk.marks.count(REPAIRED),
+            "empty": count_marked(chunk.marks, EMPTY),
+            "repaired": count_marked(chunk.marks, REPAIRED),
             # Tokens of the last document up to here: a continued run skips that many of it.
             "begun": last_doc_tokens,
             "crc32": shard_checksum(tokens),

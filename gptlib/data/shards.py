@@ -22,11 +22,11 @@ LLM_C_HEADER = [20240520, 1]  # magic number and version of llm.c's .bin shards
 def list_shards(data_root, split):
     """Sorted paths of the "train" or "val" shards of a dataset directory.
 
-    They are .npy, or .bin as llm.c writes it.
+    They are .npy, or .bin as llm.c writes it; tiny_shakespeare_train.bin of its starter pack has no
+    number.
     """
-    root = Path(data_root)
-    found = [*root.glob(f"*_{split}_*.npy"), *root.glob(f"*_{split}_*.bin")]
-    return sorted(found)
+    patterns = (f"*_{split}_*.npy", f"*_{split}_*.bin", f"*_{split}.bin")
+    return sorted(path for pattern in patterns for path in Path(data_root).glob(pattern))
 
 
 def open_shard(path):
@@ -142,19 +142,32 @@ def verify_shard(path, checksum=None):
 # -----------------------------------------------------------------------------
 # meta.json
 
+MAX_JSON = 2**28  # bytes; a meta.json of a million shards has as many
+
+
+def read_json(path):
+    """The contents of a JSON file that a stranger may have made. Raises OSError or ValueError."""
+    size = os.path.getsize(path)
+    if size > MAX_JSON:
+        raise ValueError(f"{size} bytes, expected at most {MAX_JSON}")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
 
 def read_meta(data_root):
     """The contents of meta.json as a dict, empty if there is no such file. Raises UserError."""
     path = Path(data_root) / "meta.json"
     try:
-        meta = dict(json.loads(path.read_bytes()))
+        meta = dict(read_json(path))
         check_meta(meta)
         return meta
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path} ({error}): remove {data_root} and make the dataset "
-                        "again") from error
+        raise UserError(f"cannot read {path} ({first_line(error)}): remove it and the shards "
+                        "beside it, and make the dataset again") from error
 
 
 def tokens_per_byte(meta, split):
@@ -175,21 +188,64 @@ def write_meta(data_root, meta):
 def check_meta(meta):
     """Raise ValueError if meta.json has another form than this program writes.
 
-    It has settings only if fineweb.py made the dataset, which then needs the rest to continue.
+    It has settings only if fineweb.py made the dataset, which then needs the rest to continue;
+    "ready" only if it fetched the shards.
     """
-    forms = {"tokenizer": str, "shards": list, "tokens": dict, "bytes": dict, "settings": dict}
+    forms = {"tokenizer": str, "source": str, "shards": list, "tokens": dict, "bytes": dict,
+             "settings": dict, "hub": dict, "ready": dict}
     for key, form in forms.items():
         if not isinstance(meta.get(key, form()), form):
-            raise ValueError(f"{key} is {meta[key]!r}")
-    is_ours = "settings" in meta
-    missing = {"trained_within", "order", "shards"} - meta.keys()
-    if is_ours and missing:
+            raise ValueError(f"{key} is {meta[key]!r:.200}")
+    needed, counts = set(), set()
+    if "settings" in meta:
+        needed = {"trained_within", "order", "shards", "tokens", "bytes"}
+        counts = {"tokens", "bytes", "documents", "empty", "repaired", "begun"}
+    elif "ready" in meta:
+        needed, counts = {"shards", "tokens", "bytes"}, {"tokens", "bytes"}
+    missing = needed - meta.keys()
+    if missing:
         raise ValueError(f"{' and '.join(sorted(missing))} is missing")
-    counts = {"tokens", "bytes", "documents", "empty", "repaired", "begun"} if is_ours else set()
     for shard in meta.get("shards", []):
-        has_name = isinstance(shard, dict) and isinstance(shard.get("name"), str)
-        if not has_name or not all(isinstance(shard.get(key), int) for key in counts):
-            raise ValueError(f"one of the shards is {shard!r}")
+        check_shard_record(shard, counts)
     for key in ("tokens", "bytes"):
-        if not all(isinstance(count, int) for count in meta.get(key, {}).values()):
-            raise ValueError(f"{key} is {meta[key]!r}")
+        found = meta.get(key, {"train": 0, "val": 0})
+        if not all(isinstance(found.get(split), int) for split in ("train", "val")):
+            raise ValueError(f"{key} is {meta[key]!r:.200}")
+    for key in {"hub", "ready"} & meta.keys():
+        check_hub_record(meta[key], key)
+
+
+def check_shard_record(shard, counts):
+    """Raise ValueError unless it is a dict with a plain name and whole numbers for `counts`."""
+    has_name = isinstance(shard, dict) and isinstance(shard.get("name"), str)
+    if not has_name or not all(isinstance(shard.get(key), int) for key in counts):
+        raise ValueError(f"one of the shards is {shard!r:.200}")
+    if not is_relative_path(shard["name"]) or "/" in shard["name"]:
+        raise ValueError(f"a shard is called {shard['name']!r:.200}, which is no plain name")
+
+
+def check_hub_record(record, key):
+    """Raise ValueError unless it names a commit of the Hub and paths within that repository."""
+    files, sizes = record.get("files", []), record.get("sizes", [])
+    are_paths = isinstance(files, list) and all(map(is_relative_path, files))
+    if not are_paths or not isinstance(record.get("revision"), str):
+        raise ValueError(f"{key} is {record!r:.200}")
+    if key == "ready":
+        are_sizes = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
+        if not are_sizes or len(sizes) != len(files) or not isinstance(record.get("dataset"), str):
+            raise ValueError(f"{key} is {record!r:.200}")
+
+
+def is_relative_path(name):
+    """Whether `name`, read from a file of a stranger, is a path that stays within a folder."""
+    return (isinstance(name, str) and not set(name) & set("\\:\0")
+            and not {"", ".", ".."} & set(name.split("/")))
+
+
+def is_fineweb_edu(data_root, meta):
+    """Whether a dataset's val split is FineWeb-Edu's, which published figures are about."""
+    if "source" in meta:
+        return meta["source"].startswith("HuggingFaceFW/fineweb-edu,")
+    # what build-nanogpt, llm.c and modded-nanogpt call theirs
+    prefixes = ("edufineweb_", "edu_fineweb_", "finewebedu_")
+    return any(path.name.startswith(prefixes) for path in list_shards(data_root, "val"))

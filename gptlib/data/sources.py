@@ -1,7 +1,7 @@
 """Where documents come from: the Hugging Face Hub, files, the standard library of this Python."""
 
 import ast
-import contextlib
+import codecs
 import glob
 import gzip
 import hashlib
@@ -13,9 +13,10 @@ import sysconfig
 import zlib
 from pathlib import Path
 
-from gptlib.common import UserError, first_line
-from gptlib.data.hub import FILES_AHEAD, FOOTERS_AHEAD, HubFiles, fetch_ahead, find_parquet_files
-from gptlib.data.parquet import ParquetFile, text_of, unreadable
+from gptlib.common import UserError
+from gptlib.data.hub import (FILES_AHEAD, FOOTERS_AHEAD, HubFiles, fetch_ahead, find_parquet_files,
+                             hub_errors)
+from gptlib.data.parquet import MAX_DOCUMENT, ParquetFile, text_of, unreadable
 from gptlib.data.parts import WHOLE
 from gptlib.data.tokenizing import group_documents
 
@@ -24,7 +25,7 @@ FINEWEB = "HuggingFaceFW/fineweb-edu"
 FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
 
 
-def open_source(source, files, dataset, name, column, **hub_options):
+def open_source(source, files, dataset, name, column, split_on=None, **hub_options):
     """Find the text that the command line describes, without reading it yet.
 
     hub_options: see HubSource. Returns a FileSource or a HubSource. Raises UserError if no file is
@@ -37,25 +38,31 @@ def open_source(source, files, dataset, name, column, **hub_options):
         names_and_sizes = [(path, os.path.getsize(path)) for path in paths]
         digest = hashlib.sha256(repr(names_and_sizes).encode()).hexdigest()[:12]
         description = f"{files}, column {column}: {len(paths)} files, names and sizes {digest}"
-        found = FileSource(description, paths, column)
+        if split_on is not None:
+            description += f", split on {split_on!r}"
+        found = FileSource(description, paths, column, split_on)
     elif source == "stdlib":
         found = StdlibSource()
     else:
         raise UserError(f"--source {source}: expected fineweb, files or stdlib")
     if not found.paths:
-        raise UserError(f"--source {source} --files {files}: no files found; check the pattern, "
-                        "and quote it")
+        hint = "check the pattern, and quote it"
+        if os.path.isdir(files or ""):
+            hint = f"for all files in that folder: --files '{files}/**'"
+        raise UserError(f"--source {source} --files {files}: no files found; {hint}")
     return found
 
 
 class FileSource:
     """Text in files of this machine.
 
-    description: a line that differs for any two sources. paths: in the order of reading.
+    description: a line that differs for any two sources. paths: in the order of reading. split_on:
+    see read_text.
     """
 
-    def __init__(self, description, paths, column):
+    def __init__(self, description, paths, column, split_on=None):
         self.description, self.paths, self.column = description, paths, column
+        self.split_on = split_on
 
     def read(self, skip=0):
         """An iterator of all documents (str) without the first `skip`."""
@@ -64,7 +71,7 @@ class FileSource:
 
     def batches(self, skip=0, part=WHOLE):
         """The documents of a part without its first `skip`, as encode_batches takes them."""
-        return batches_of_files(self.paths, self.column, skip, part)
+        return batches_of_files(self.paths, self.column, skip, part, self.split_on)
 
     def resolve(self):
         """Find out what reading needs to know. Returns what meta.json has to keep of it."""
@@ -160,17 +167,8 @@ class HubSource(FileSource):
             skip -= last - first
         return [], 0
 
-    @contextlib.contextmanager
     def errors(self):
-        """Turn any error of another package into a UserError."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # the Hub, the network, a damaged file: dozens of classes
-            raise UserError(f"cannot read dataset {self.dataset} ({self.name or 'default'}): "
-                            f"{type(error).__name__}: {first_line(error)}. Finished shards are "
-                            "kept: repair it and run the same command again") from error
+        return hub_errors(f"{self.dataset} ({self.name or 'default'})")
 
     def keeps_downloads_in(self, root):
         return bool(self.hub and self.folder and self.folder.is_relative_to(root))
@@ -181,12 +179,22 @@ class HubSource(FileSource):
 
 
 def matching_files(pattern):
-    """The files that match a glob pattern, sorted; ** matches any folders, ~ is the home folder."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    """The files that match a glob pattern, sorted; ** matches any folders, ~ is the home folder.
+
+    What exists is taken literally, whatever it is called: a whole path, or the folders it begins
+    with, such as "notes [2024]/*.txt".
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    found = glob.glob(glob.escape(folder) + pattern[len(folder):], recursive=True)
     return [path for path in sorted(found) if os.path.isfile(path)]
 
 
-def batches_of_files(paths, column, skip, part=WHOLE):
+def batches_of_files(paths, column, skip, part=WHOLE, split_on=None):
     """Yield the documents of files as encode_batches takes them, without the first `skip`.
 
     Parquet files are given out as row groups, in which the part may begin and end. Of other files
@@ -196,7 +204,7 @@ def batches_of_files(paths, column, skip, part=WHOLE):
     for is_parquet, group in itertools.groupby(numbered, lambda item: item[1].endswith(".parquet")):
         if not is_parquet:
             whole = [path for i, path in group if part.rows(i, len(paths), 1) == (0, 1)]
-            documents = read_files(whole, column)
+            documents = read_files(whole, column, split_on)
             while skip and next(documents, None) is not None:
                 skip -= 1
             yield from group_documents(documents)
@@ -209,12 +217,12 @@ def batches_of_files(paths, column, skip, part=WHOLE):
             yield from file.batches(first + skipped, last)
 
 
-def read_files(paths, column):
+def read_files(paths, column, split_on=None):
     for path in paths:
-        yield from read_file(path, column)
+        yield from read_file(path, column, split_on)
 
 
-def read_file(path, column):
+def read_file(path, column, split_on=None):
     """Yield the documents of a file.
 
     column: the key or column that holds the text of .jsonl and .parquet. Raises UserError, which
@@ -223,12 +231,17 @@ def read_file(path, column):
     where = path
     try:
         if path.endswith((".txt", ".md", ".py")):
-            yield Path(path).read_bytes().decode()
+            yield from read_text(path, split_on)
         elif path.endswith((".jsonl", ".json.gz", ".jsonl.gz")):
             open_lines = gzip.open if path.endswith(".gz") else open
             with open_lines(path, "rb") as f:
-                for number, line in enumerate(f, 1):
+                for number in itertools.count(1):
                     where = f"{path}, line {number}"
+                    # with a limit, because a file of some kilobytes may unpack to an endless line
+                    line = f.readline(MAX_DOCUMENT + 1)
+                    check_length(len(line), where)
+                    if not line:
+                        break
                     if line.strip():
                         yield text_of_line(line, column, where)
         elif path.endswith(".parquet"):
@@ -241,6 +254,48 @@ def read_file(path, column):
         raise
     except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error) as error:
         raise unreadable(where, error) from error
+
+
+def read_text(path, split_on=None):
+    """Yield the documents of a text file: one, or with split_on several.
+
+    Lines that hold split_on alone stand between two documents, and may begin and end the file.
+    """
+    if split_on is None:
+        check_length(os.path.getsize(path), path, "; --split_on cuts a file into documents")
+        yield decode_text(Path(path).read_bytes())
+        return
+    separator, lines, length, is_first = split_on.encode(), [], 0, True
+    with open(path, "rb") as f:
+        while line := f.readline(MAX_DOCUMENT + 1):
+            bare = line.removeprefix(codecs.BOM_UTF8) if is_first and not lines else line
+            if bare.rstrip(b"\r\n") != separator:
+                lines.append(line)
+                length += len(line)
+                check_length(length, path)
+                continue
+            if lines or not is_first:
+                yield decode_text(b"".join(lines))
+            lines, length, is_first = [], 0, False
+    if lines:
+        yield decode_text(b"".join(lines))
+
+
+def decode_text(data):
+    """Bytes of UTF-8 as a str, without the mark that some editors begin a file with (BOM).
+
+    Raises ValueError.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ValueError("it seems to be UTF-16 or binary: save it as UTF-8")
+    return data.decode("utf-8-sig")
+
+
+def check_length(length, where, hint=""):
+    """Raise UserError for a document of so many bytes, if that is too long."""
+    if length > MAX_DOCUMENT:
+        raise UserError(f"{where}: a document of more than {MAX_DOCUMENT} bytes{hint}. Cut it into "
+                        "several, or leave it out of --files")
 
 
 def text_of_line(line, column, where):

@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from gptlib.common import UserError
-from gptlib.data.shards import read_meta
+from gptlib.data.shards import read_json, read_meta
 
 EOT = "<|endoftext|>"
 
@@ -201,10 +201,10 @@ def read_hugging_face(root):
 def read_spec(root):
     """The contents of tokenizer.json, or the same from the two files that GPT-2 came in."""
     if (root / "tokenizer.json").exists():
-        return json.loads((root / "tokenizer.json").read_bytes())
+        return read_json(root / "tokenizer.json")
     lines = (root / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    vocab = json.loads((root / "vocab.json").read_bytes())
+    vocab = read_json(root / "vocab.json")
     return {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
 

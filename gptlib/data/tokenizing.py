@@ -28,7 +28,7 @@ from gptlib.data.tokenizer import EOT, dump_ranks, load_tokenizer
 # chunks of tokens
 
 CHUNK = 2**20  # characters that a thread tokenizes at a time
-EMPTY, REPAIRED = 1, 2  # how a document is marked; 0 marks an ordinary one
+EMPTY, REPAIRED, HOLDS_EOT = 1, 2, 4  # how a document is marked, added up; 0: an ordinary one
 
 
 class Chunk(NamedTuple):
@@ -36,6 +36,11 @@ class Chunk(NamedTuple):
     tokens: np.ndarray  # uint16
     marks: bytes  # one for each document that begins in these tokens
     num_bytes: int  # of text
+
+
+def count_marked(marks, mark):
+    """How many documents have this mark."""
+    return int(np.count_nonzero(np.frombuffer(marks, np.uint8) & mark))
 
 
 def join_chunks(chunks):
@@ -120,7 +125,7 @@ def encode_difficult_document(enc, text):
     parts = re.split(r"(\s{100000})", repaired)
     tokens = [enc.encode_to_numpy(part, disallowed_special=()) for part in parts]
     tokens = np.concatenate([[enc.eot_token], *tokens])
-    marks = bytes([REPAIRED * (repaired != text)])
+    marks = bytes([REPAIRED * (repaired != text) + HOLDS_EOT * (EOT in text)])
     return Chunk(tokens.astype(np.uint16), marks, len(repaired.encode()))
 
 
@@ -139,14 +144,22 @@ def group_documents(documents):
 
 def encode_row_group(enc, row_group):
     """Tokenize all documents of a RowGroup, about CHUNK characters at a time. Returns a Chunk."""
-    parts = group_documents(row_group.documents())
-    return join_chunks([encode_chunk(enc, part) for part in parts])
+    chunks, num_bytes = [], 0
+    for part in group_documents(row_group.documents()):
+        chunks.append(encode_chunk(enc, part))
+        num_bytes += chunks[-1].num_bytes
+        if num_bytes > MAX_ROW_GROUP:
+            raise UserError(f"{row_group.file.path}: row group {row_group.index} repeats its texts "
+                            f"to more than {MAX_ROW_GROUP} bytes. Leave it out of --files, or use "
+                            f"--num_proc {MAX_THREADS}")
+    return join_chunks(chunks)
 
 
 # -----------------------------------------------------------------------------
 # a corpus -> a stream of chunks
 
 MAX_THREADS = 4  # the most threads that tokenize without processes of their own
+MAX_ROW_GROUP = 2**32  # bytes of text whose tokens a process may send back at once
 
 
 def encode_stream(enc, documents, num_proc):

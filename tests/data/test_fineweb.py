@@ -143,9 +143,21 @@ def test_run_again_and_with_other_settings(tmp_path):
     assert_fails(seed_7, data, "seed was 1337, is 7")
     larger = fineweb_here(*args[:-1], 301, "--data_root", data)
     assert_fails(larger, "vocab_size was 300, is 301")
+    assert_fails(larger, "its 2 shards edufineweb_val_000000.npy to edufineweb_train_000001.npy",
+                 "meta.json and tokenizer.tiktoken", "nothing else")
     write_jsonl(source, some_documents(51))
     assert_fails(fineweb_here(*args, "--data_root", data), "source was")
     assert modification_times(data.iterdir()) == before
+
+
+def test_a_dataset_among_the_texts_is_warned_of(tmp_path):
+    """Guards against texts that are removed with a dataset which was written into their folder."""
+    source = write_jsonl(tmp_path / "a.jsonl", some_documents(50))
+    result = fineweb_here("--files", source, *BPE_FLAGS, "--data_root", tmp_path)
+    assert result.returncode == 0
+    assert "holds texts of --files, too" in result.stderr
+    result = fineweb_here("--files", source, *BPE_FLAGS, "--data_root", tmp_path / "data")
+    assert "holds texts" not in result.stderr
 
 
 def test_shards_of_another_program_are_left_alone(tmp_path):
@@ -246,6 +258,8 @@ def test_wrong_line_keeps_the_finished_shards(tmp_path, monkeypatch):
     (["--prefix", "my_val_set"], ["my_val_set"]),
     (["--prefix", "a/b"], ["a/b"]),
     (["--files", ""], ["no files"]),
+    (["--files", "."], ["no files", "'./**'"]),
+    (["--split_on", ""], ["--split_on is empty"]),
     (["--data_root", "file/data"], ["file/data"]),
 ], ids=lambda flags: " ".join(map(str, flags)))
 def test_wrong_flags(tmp_path, monkeypatch, flags, words):

@@ -4,6 +4,7 @@ python -m pytest tests/data/test_parts.py
 A dataset made in parts, against the same dataset made by one run.
 """
 
+import errno
 import json
 import shutil
 
@@ -109,6 +110,62 @@ def test_merge_continues_after_a_kill(folder, whole, tmp_path, monkeypatch, move
     monkeypatch.undo()
     merge_parts(tmp_path)
     assert_same_dataset(tmp_path, whole, 2)
+
+
+@pytest.mark.parametrize("left", ["a whole folder", "half a folder"])
+def test_merge_killed_while_it_removes_folders(folder, whole, tmp_path, left):
+    """Guards against "lacks 1 of 2 parts" for a dataset that is complete."""
+    prepare_parts(tmp_path, 2, folder)
+    shutil.copytree(tmp_path / Part(2, 2).folder(), tmp_path / "copy",
+                    ignore=shutil.ignore_patterns("*.npy"))
+    merge_parts(tmp_path)
+    (tmp_path / "copy").rename(tmp_path / Part(2, 2).folder())
+    if left == "half a folder":
+        (tmp_path / Part(2, 2).folder() / "meta.json").unlink()
+    result = fineweb_here("--merge", "--data_root", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_dataset(tmp_path, whole, 2)
+
+
+def test_merge_keeps_a_part_with_shards(folder, tmp_path):
+    """Guards against removing shards that the complete dataset around them does not hold."""
+    prepare_parts(tmp_path, 2, folder)
+    shutil.copytree(tmp_path / Part(2, 2).folder(), tmp_path / "copy")
+    merge_parts(tmp_path)
+    (tmp_path / "copy").rename(tmp_path / Part(2, 2).folder())
+    assert_fails(fineweb_here("--merge", "--data_root", tmp_path), "holds shards", "complete")
+    assert list_shards(tmp_path / Part(2, 2).folder(), "train")
+
+
+@pytest.mark.parametrize("name", [
+    "../train_gpt2.py", "/tmp/x_train_000001.npy", "a/b_train_000001.npy", "..", "",
+    "..\\x_train_000001.npy", "c:x_train_000001.npy"])
+def test_merge_writes_inside_its_directory_alone(folder, tmp_path, name):
+    """Guards against a part whose meta.json moves a file over a script, which the next run runs."""
+    root = tmp_path / "data"
+    prepare_parts(root, 2, folder)
+    part = root / Part(2, 2).folder()
+    meta = json.loads((part / "meta.json").read_text())
+    meta["shards"][0]["name"] = name
+    (part / "meta.json").write_text(json.dumps(meta))
+    (root / "train_gpt2.py").write_text("theirs")  # beside the part, as the name says
+    (tmp_path / "train_gpt2.py").write_text("ours")
+    assert_fails(fineweb_here("--merge", "--data_root", root), "meta.json", "plain name")
+    assert (tmp_path / "train_gpt2.py").read_text() == "ours"
+
+
+def test_merge_across_disks_is_refused_in_a_line(folder, tmp_path, monkeypatch):
+    """Guards against a traceback if a part lies on another disk."""
+    prepare_parts(tmp_path, 2, folder)
+
+    def replace(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+
+    monkeypatch.setattr(merging.os, "replace", replace)
+    result = fineweb_here("--merge", "--data_root", tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "Invalid cross-device link" in result.stderr
 
 
 def test_merge_refuses(folder, tmp_path):

@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from corpus import assert_fails, fineweb_here
+
 from gptlib.common import UserError
 from gptlib.data import shards
-from gptlib.data.shards import (checksums_of, file_checksum, list_shards, open_shard, read_meta,
-                                save_shard, shard_checksum, tokens_per_byte, verify_shard)
+from gptlib.data.shards import (checksums_of, file_checksum, is_fineweb_edu, list_shards,
+                                open_shard, read_meta, save_shard, shard_checksum,
+                                tokens_per_byte, verify_shard)
 
 TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
 
@@ -39,6 +42,28 @@ def test_open_shard(tmp_path):
         assert isinstance(shard, np.memmap)
         assert shard.dtype == np.uint16
         assert shard.tolist() == TOKENS.tolist()
+
+
+def test_names_of_llm_c_are_found(tmp_path):
+    """Guards against llm.c's own starter files, which have no number, that are not found."""
+    for split, n in (("train", 3), ("val", 2)):
+        data = llm_c_header(num_tokens=n) + bytes(2 * n)
+        (tmp_path / f"tiny_shakespeare_{split}.bin").write_bytes(data)
+    (tmp_path / "train.bin").write_bytes(b"nanoGPT's, without a header")
+    assert [path.name for path in list_shards(tmp_path, "val")] == ["tiny_shakespeare_val.bin"]
+    result = fineweb_here("--verify", "--data_root", tmp_path)
+    assert "2 shards, no damage found" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("meta, shards_of, expected", [
+    ({"source": "HuggingFaceFW/fineweb-edu, sample-10BT, column text"}, "edufineweb", True),
+    ({"source": "HuggingFaceFW/fineweb, sample-10BT, column text"}, "edufineweb", False),
+    ({"source": "a.txt, column text: 1 files"}, "edufineweb", False),
+    ({}, "edufineweb", True), ({}, "edu_fineweb", True), ({}, "fineweb", False)])
+def test_whose_val_split_it_is(tmp_path, meta, shards_of, expected):
+    """Guards against FineWeb-Edu's published figures beside the loss on another text."""
+    np.save(tmp_path / f"{shards_of}_val_000000.npy", TOKENS)
+    assert is_fineweb_edu(tmp_path, meta) is expected
 
 
 @pytest.mark.parametrize("name, data", [
@@ -199,9 +224,27 @@ def test_a_damaged_header_gives_a_line(tmp_path, header):
     {"shards": [{"tokens": 3}]}, {"shards": 3}, {"shards": [3]}, {"tokenizer": None},
     {"tokens": [1, 2]}, {"bytes": {"val": "many"}}, {"settings": {}, "shards": [], "order": None},
     {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
+    {"tokens": {"train": 3}}, {"source": 7}, {"hub": {"revision": "a", "files": ["../a"]}},
+    {"hub": {"files": []}}, {"ready": {"dataset": "a/b", "revision": "c"}},
+    {"shards": [{"name": "../a_train_000001.npy"}]},
 ])
 def test_a_meta_json_of_another_form(tmp_path, meta):
     """Guards against a KeyError with a traceback for damage that leaves valid JSON."""
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="cannot read .*meta.json"):
         read_meta(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000])
+def test_a_deep_meta_json(tmp_path, text):
+    """Guards against a traceback for JSON that is nested deeper than Python's stack."""
+    (tmp_path / "meta.json").write_text(text)
+    result = fineweb_here("--verify", "--data_root", tmp_path)
+    assert_fails(result, "meta.json", "nested too deeply")
+
+
+def test_a_huge_meta_json(tmp_path):
+    """Guards against a file of gigabytes in memory."""
+    with open(tmp_path / "meta.json", "wb") as f:
+        f.truncate(2**32)
+    assert_fails(fineweb_here("--verify", "--data_root", tmp_path), "meta.json", "bytes")

@@ -10,12 +10,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from corpus import (all_tokens, contents, make_dataset, openai_gpt2, reference_tokens,
-                    some_documents)
+from corpus import (all_tokens, assert_fails, contents, fineweb_here, make_dataset, openai_gpt2,
+                    reference_tokens, some_documents)
 
 from gptlib.common import UserError
+from gptlib.data import parquet, sources
 from gptlib.data.parquet import ParquetFile
 from gptlib.data.parts import Part
 from gptlib.data.shards import list_shards
@@ -68,6 +70,142 @@ def test_one_huge_row_group(tmp_path):
         largest = max(largest, pa.total_allocated_bytes() - before)
     assert found == documents[5:2900]
     assert largest < 9e6
+
+
+def read_here(folder, name, **options):
+    return list(open_source("files", str(folder / name), None, None, "text", **options).read())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """Guards against U+FEFF as the first character that a model learns to write."""
+    text = "text" if name.endswith(("txt", "md")) else '{"text": "text"}'
+    data = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read_here(tmp_path, name) == ["text"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused(tmp_path, encoding):
+    """Guards against a text with a NUL after each letter, which is valid UTF-8."""
+    (tmp_path / "a.txt").write_bytes("text".encode(encoding))
+    with pytest.raises(UserError, match="a.txt: .*UTF-16.*save it as UTF-8"):
+        read_here(tmp_path, "a.txt")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("one\n<|endoftext|>\ntwo\n", ["one\n", "two\n"]),
+    ("<|endoftext|>\none\n<|endoftext|>\n\n<|endoftext|>\n", ["one\n", "\n"]),
+    ("one\r\n<|endoftext|>\r\ntwo", ["one\r\n", "two"]),
+    ("one\n<|endoftext|>\n<|endoftext|>\ntwo", ["one\n", "", "two"]),
+    ("a <|endoftext|> inside\n<|endoftext|> and more", ["a <|endoftext|> inside\n"
+                                                       "<|endoftext|> and more"]),
+    ("\ufeff<|endoftext|>\none", ["one"]), ("\ufeffone\n<|endoftext|>\ntwo", ["one\n", "two"]),
+    ("", []),
+])
+def test_split_on(tmp_path, text, expected):
+    """Guards against documents that are lost or run together where a file is cut."""
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read_here(tmp_path, "a.txt", split_on="<|endoftext|>") == expected
+
+
+def test_text_that_holds_the_separator_is_told(tmp_path):
+    """Guards against a file of many documents that silently becomes one."""
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n" * 50)
+    flags = ["--files", tmp_path / "a.txt", "--tokenizer", "bpe", "--vocab_size", 300]
+    whole = fineweb_here(*flags, "--data_root", tmp_path / "whole")
+    assert "1 documents hold the text <|endoftext|>" in whole.stderr
+    cut = fineweb_here(*flags, "--split_on", "<|endoftext|>", "--data_root", tmp_path / "cut")
+    assert "hold the text" not in cut.stderr
+    assert "51 documents" in cut.stdout
+    again = fineweb_here(*flags, "--data_root", tmp_path / "cut")
+    assert_fails(again, "source was")
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path):
+    """Guards against files that are not found because their names hold glob's characters."""
+    folder = tmp_path / "notes [2024]"
+    folder.mkdir()
+    for name in ("a[1].txt", "a1.txt"):
+        (folder / name).write_text(name)
+    assert read_here(folder, "a[1].txt") == ["a[1].txt"]
+    assert read_here(folder, "*.txt") == ["a1.txt", "a[1].txt"]
+
+
+def test_binary_columns_of_parquet(tmp_path):
+    """Guards against refusing text only because its column is of type binary."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    texts = ["one", "四", None]
+    column = pa.array([text and text.encode() for text in texts], pa.binary())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert read_here(tmp_path, "a.parquet") == ["one", "四", ""]
+    pq.write_table(pa.table({"text": pa.array([b"\xff"], pa.binary())}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: .*utf-8"):
+        read_here(tmp_path, "b.parquet")
+
+
+# -----------------------------------------------------------------------------
+# small files that stand for much text
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    for module in (sources, parquet):
+        monkeypatch.setattr(module, "MAX_DOCUMENT", 100_000)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json.gz"])
+def test_a_document_beyond_the_limit(tmp_path, small_limit, name):
+    """Guards against one endless line that fills the memory: 306 kB of gzip stand for 749 MB."""
+    text = '{"text": "' + "x" * 200_000 + '"}'
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(UserError, match=f"{name}.*more than 100000 bytes"):
+        read_here(tmp_path, name)
+    if name == "a.txt":
+        with pytest.raises(UserError, match="a.txt.*more than 100000 bytes"):
+            read_here(tmp_path, name, split_on="<|endoftext|>")
+
+
+def test_a_document_within_the_limit(tmp_path, small_limit):
+    """Guards against a limit on a whole file, which holds for a document."""
+    line = json.dumps({"text": "x" * 90_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 3)
+    assert [len(text) for text in read_here(tmp_path, "a.jsonl")] == [90_000] * 3
+
+
+def write_dictionary(path, length, rows):
+    """A small parquet file in which each row refers to the same long text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    column = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["a" * length])
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", store_schema=False,
+                   dictionary_pagesize_limit=2**31 - 1, write_statistics=False)
+
+
+def test_a_parquet_file_that_repeats_a_long_text(tmp_path, monkeypatch):
+    """Guards against 1,024 rows of a long text in memory at once, from a file of kilobytes."""
+    import pyarrow as pa
+    monkeypatch.setattr(parquet, "MOST_REPEATED", 2**26)
+    path = tmp_path / "a.parquet"
+    write_dictionary(path, 10_000_000, 5000)
+    assert path.stat().st_size < 100_000
+    group, = ParquetFile(str(path), "text").batches()
+    before, largest = pa.total_allocated_bytes(), 0
+    for count, document in enumerate(group.documents()):
+        assert len(document) == 10_000_000
+        largest = max(largest, pa.total_allocated_bytes() - before)
+        if count == 3:
+            break
+    assert largest < 3 * parquet.MOST_REPEATED
+
+
+def test_a_parquet_file_with_a_text_beyond_the_limit(tmp_path, small_limit):
+    """Guards against a text of gigabytes in a file of kilobytes."""
+    write_dictionary(tmp_path / "a.parquet", 200_000, 10)
+    with pytest.raises(UserError, match="a.parquet: row group 0 has documents of 200004 bytes"):
+        read_here(tmp_path, "a.parquet")
 
 
 def write_bad_files(root):

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from corpus import (ODD, assert_fails, clean, fineweb_command, openai_gpt2, python_text, small_bpe,
-                    some_documents)
+from corpus import (ODD, assert_fails, clean, fineweb_command, fineweb_here, openai_gpt2,
+                    python_text, small_bpe, some_documents)
 
 from gptlib.common import UserError
 from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict, train_bpe
@@ -97,6 +97,16 @@ def test_unusable_tokenizers(spec):
     """Guards against a damaged tokenizer that ends in a traceback."""
     with pytest.raises(UserError):
         load_tokenizer(spec)
+
+
+def test_a_deep_tokenizer_json(tmp_path):
+    """Guards against a traceback for JSON that is nested deeper than Python's stack."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokenizer.json").write_text("[" * 200_000)
+    result = fineweb_here("--files", tmp_path / "a.txt", "--tokenizer", tmp_path / "theirs",
+                          "--data_root", tmp_path / "data")
+    assert_fails(result, "tokenizer", "nested too deeply")
 
 
 def test_gpt2_without_network(tmp_path):
