@@ -210,9 +210,9 @@ class GPT(nn.Module):
         config = formats.make_config(GPTConfig, checkpoint["config"])
         config.block_size = min(config.block_size, block_size or config.block_size)
         config.dropout = config.dropout if dropout is None else dropout
-        with runtime.skip_init():
+        with formats.without_weights():
             model = cls(config)
-        formats.fill_model(model, checkpoint["model"])
+        formats.fill_model(model, checkpoint["model"], checkpoint["config"]["block_size"])
         return model
 
     @classmethod

@@ -23,6 +23,7 @@ import conftest  # noqa: F401 - it puts the repository on the path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from byte_model import make_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -30,6 +31,7 @@ from gptlib.checkpoints import directory as checkpoint_directory
 from gptlib.training import optim as muon
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
+from gptlib.data.tokenizer import export_tokenizer
 from gptlib.training.memory import estimate_memory, model_sizes, planned_batch_size
 from gptlib.training.optim import Muon
 from gptlib.training.parallel import Layout, create_on, train_with
@@ -465,8 +467,9 @@ def memory_of_hugging_face(world, folder):
 
 def write_hugging_face(path, max_shard_size, n_embd):
     from transformers import GPT2Config, GPT2LMHeadModel
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_layer=6, n_embd=n_embd))
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=16, n_layer=6, n_embd=n_embd))
     hf.save_pretrained(path, max_shard_size=max_shard_size)
+    export_tokenizer(make_tokenizer(), path, 16)
 
 
 def start_from_hugging_face(path, world):

@@ -13,23 +13,27 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from enum import EnumMeta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex,
+                                                   TensorProperties, TensorStorageMetadata)
 from torch.distributed.tensor import DTensor
 
-from gptlib.checkpoints.verified_file import load_without_executing
+from gptlib.checkpoints.verified_file import describe_failure, load_without_executing
 from gptlib.common import UserError, crc32_of_file, first_line, sync_directory, write_synced
 from gptlib.distributed import map_named
 
 STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
+FILE_NAMES = r"state\.pt|\.metadata|__\d+_\d+\.distcp"  # of the files in checksums.json
 
 # -----------------------------------------------------------------------------
 # save
@@ -177,7 +181,8 @@ def is_checkpoint_directory(path):
 
 
 def read_checkpoint_directory(path, verify=True):
-    """The checkpoint dict of a directory, and its path as "directory". Nothing is executed.
+    """What the state.pt of a directory holds, and the directory's path as "directory". Nothing is
+    executed.
 
     The sharded tensors are empty (on the meta device) until `read_tensors` reads them from there.
     Raises UserError if a file is missing or damaged.
@@ -190,28 +195,36 @@ def read_checkpoint_directory(path, verify=True):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{str(path)!r} is no checkpoint that can be read: "
-                        f"{first_line(error)}") from error
-    return {**checkpoint, "directory": str(path)} if isinstance(checkpoint, dict) else checkpoint
+        raise not_readable(path, describe_failure(error)) from error
+    if not isinstance(checkpoint, dict):
+        raise not_readable(path, f"its {STATE} holds no dict")
+    return {**checkpoint, "directory": str(path)}
 
 
 def fill_checkpoint(checkpoint, model_only=False):
     """Read the empty tensors of a checkpoint of read_checkpoint_directory into CPU memory.
 
-    With model_only the tensors of the optimizers stay empty.
+    With model_only the tensors of the optimizers stay empty. Raises UserError if they are larger
+    than the files that should hold them, before any memory is taken.
     """
-    tensors, filled = {}, {}
-
-    def allocate(leaf, name):
-        wanted = name.startswith("model.") or not model_only
-        if not torch.is_tensor(leaf) or not leaf.is_meta or not wanted:
-            return leaf
-        if id(leaf) not in filled:
-            tensors[name] = filled[id(leaf)] = torch.empty_like(leaf, device="cpu")
-        return filled[id(leaf)]
-
     directory = checkpoint.pop("directory")
-    checkpoint |= map_named(dict(checkpoint), allocate)
+    tensors, shapes = {}, {}
+
+    def find_empty(leaf, name):
+        wanted = name.startswith("model.") or not model_only
+        if torch.is_tensor(leaf) and leaf.is_meta and wanted:
+            shapes.setdefault(id(leaf), (name, leaf))  # tied tensors have the name of the first
+        return leaf
+
+    map_named(checkpoint, find_empty)
+    needed = sum(leaf.numel() * leaf.element_size() for _, leaf in shapes.values())
+    available = sum(entry["size"] for entry in read_checksums(Path(directory)).values())
+    if needed > available:
+        raise not_readable(directory, f"its tensors take {needed:,} bytes, its files {available:,}")
+    filled = {}
+    for key, (name, leaf) in shapes.items():
+        tensors[name] = filled[key] = torch.empty_like(leaf, device="cpu")
+    checkpoint |= map_named(checkpoint, lambda leaf, name: filled.get(id(leaf), leaf))
     read_tensors(directory, tensors)
     return checkpoint
 
@@ -220,59 +233,138 @@ def read_tensors(directory, tensors):
     """Fill tensors, {name: tensor}, from a checkpoint directory; a rank reads its own rows of a
     DTensor. Raises UserError if a shape differs."""
     try:
+        reader = SafeReader(directory)
         with warnings.catch_warnings():  # torch warns that a process reads for itself
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:
-        raise UserError(f"{directory!r} cannot be loaded: {describe(error)}") from error
+        raise UserError(f"{str(directory)!r} cannot be loaded: {describe(error)}") from error
+
+
+# -----------------------------------------------------------------------------
+# .metadata, a pickle that says which rows of which tensor lie where
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader, which executes nothing of .metadata, a pickle."""
+    """torch's reader, with metadata that is made anew of the plain values in .metadata.
+
+    torch would call what the pickle names, unpickle whatever it calls "bytes" without
+    weights_only, and read any path that it gives.
+    """
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        with open(self.path / METADATA, "rb") as file:
+            found = MetadataUnpickler(file).load()
+        self.metadata = rebuild_metadata(found, read_checksums(self.path))
 
     def read_metadata(self, *args, **kwargs):
-        with open(self.path / METADATA, "rb") as file:
-            return MetadataUnpickler(file).load()
+        return self.metadata
+
+
+class StandIn:
+    """Stands in for a class or function that .metadata names: it keeps what it is given."""
+
+    def __init__(self, *args):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes the plain records of torch.distributed.checkpoint's metadata and nothing else."""
+    """Makes a new StandIn of each class and function that torch's metadata needs, and calls
+    nothing: a pickle can neither run nor change one that is not its own."""
 
     RECORDS = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     }
     ALLOWED = {
-        ("torch", "Size"), ("torch.serialization", "_get_layout"),
+        ("builtins", "getattr"),  # as which Python 3.11.2 pickles the members of an enum
+        ("torch.serialization", "_get_layout"),
         ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         *(("torch.distributed.checkpoint.metadata", name) for name in sorted(RECORDS)),
     }
 
     def find_class(self, module, name):
-        if (module, name) == ("builtins", "getattr"):
-            return member_of_enum
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in self.ALLOWED:
+            return type(name, (StandIn,), {})
         raise pickle.UnpicklingError(f"it asks for {module}.{name} to be run, which is refused")
 
 
-def member_of_enum(enum, name):
-    """The one use of getattr that is allowed: Python 3.11.2 pickles members of an enum so."""
-    if isinstance(enum, EnumMeta) and name in enum.__members__:
-        return enum[name]
-    raise pickle.UnpicklingError(f"it asks for the attribute {name} of {enum}, which is refused")
+def rebuild_metadata(found, files):
+    """torch's Metadata of a StandIn for it: shapes, and the rows that lie in `files` alone.
+
+    Raises UnpicklingError, KeyError or TypeError for anything else.
+    """
+    fields = fields_of(found, "Metadata")
+    tensors, places = {}, {}
+    for name, entry in fields["state_dict_metadata"].items():
+        entry = fields_of(entry, "TensorStorageMetadata")
+        size = torch.Size(entry["size"])
+        chunks = [fields_of(chunk, "ChunkStorageMetadata") for chunk in entry["chunks"]]
+        chunks = [ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
+                  for chunk in chunks]
+        require_all_rows(name, size, chunks)
+        tensors[name] = TensorStorageMetadata(TensorProperties(), size, chunks)
+    for index, place in fields["storage_data"].items():
+        index, place = fields_of(index, "MetadataIndex"), fields_of(place, "_StorageInfo")
+        if place["relative_path"] not in files:
+            raise pickle.UnpicklingError(f"its {METADATA} names a file that is not of the "
+                                         f"checkpoint: {place['relative_path']!r}")
+        index = MetadataIndex(index["fqn"], torch.Size(index["offset"]), index["index"])
+        places[index] = _StorageInfo(place["relative_path"], place["offset"], place["length"])
+    return Metadata(tensors, storage_data=places)
+
+
+def fields_of(record, name):
+    """The fields, a dict, of the StandIn for a record of torch's with this name."""
+    if type(record).__name__ != name or not isinstance(record.state, dict):
+        raise pickle.UnpicklingError(f"its {METADATA} holds a {type(record).__name__}, expected "
+                                     f"{name}")
+    return record.state
+
+
+def require_all_rows(name, size, chunks):
+    """Raise UnpicklingError unless the chunks together are the rows of a tensor: rows that none
+    holds would be what was in memory before."""
+    next_row = 0
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets):
+        if chunk.offsets[0] == next_row and chunk.sizes[1:] == size[1:] and not any(
+                chunk.offsets[1:]):
+            next_row += chunk.sizes[0]
+    if next_row != size[0]:
+        raise pickle.UnpicklingError(f"its {METADATA} does not hold all rows of {name}")
 
 
 # -----------------------------------------------------------------------------
 # verification
 
 
+def read_checksums(path):
+    """{name: {"size", "crc32"}} of a directory's files. Raises UserError for a name that leads
+    elsewhere, or if the list is not whole."""
+    checksums = json.loads((path / CHECKSUMS).read_bytes())
+    if not isinstance(checksums, dict) or not {STATE, METADATA} <= checksums.keys():
+        raise not_readable(path, f"its {CHECKSUMS} is no list of its files")
+    for name, expected in checksums.items():
+        if not re.fullmatch(FILE_NAMES, name):
+            raise not_readable(path, f"its {CHECKSUMS} names {name!r}, which is no file of it")
+        if not isinstance(expected, dict) or type(expected.get("size")) is not int:
+            raise not_readable(path, f"its {CHECKSUMS} has no size for {name!r}")
+    return checksums
+
+
 def verify_files(path):
     """Compare every file with its size and checksum, several at a time. Raises UserError if one
     differs."""
-    checksums = json.loads((path / CHECKSUMS).read_bytes())
+    checksums = read_checksums(path)
     with ThreadPoolExecutor(8) as threads:  # the other ranks wait for rank 0, ten minutes at most
         list(threads.map(lambda item: verify_file(path, *item), checksums.items()))
 
@@ -294,8 +386,11 @@ def checksum(path):
 
 
 def damaged(path, name, reason):
-    return UserError(f"{str(path)!r} is no checkpoint that can be read: its file {name!r} is "
-                     f"damaged: {reason}")
+    return not_readable(path, f"its file {name!r} is damaged: {reason}")
+
+
+def not_readable(path, reason):
+    return UserError(f"{str(path)!r} is no checkpoint that can be read: {reason}")
 
 
 def identity_of_directory(path):

@@ -1,5 +1,7 @@
 """GPT-2 models from and to Hugging Face."""
 
+import json
+import os
 from pathlib import Path
 
 import torch
@@ -8,6 +10,9 @@ from gptlib.common import UserError, atomic_directory, first_line
 from gptlib.data.tokenizer import export_tokenizer, find_tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_ROWS = 50257
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "meta.json")
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older GPT-2s, no weights
 # Hugging Face keeps these as Conv1D, the transpose of nn.Linear
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # transformers' names of activations, and the `approximate` of torch's GELU that computes the same
@@ -47,11 +52,10 @@ def load_hugging_face(directory):
     """The GPT-2 of a Hugging Face directory, as load_checkpoint returns it.
 
     transformers maps the files: a tensor, transposed or not, is read from disk when it is used.
-    Raises UserError if the model can't be loaded, or if its config computes something else than
-    GPT-2.
+    Raises UserError if the model can't be loaded, if its config computes something else than
+    GPT-2, or if its files hold more than that config uses.
     """
     hf = load_transformers_model(directory)
-    check_plain_gpt2(directory, hf.config)
     state = {}
     for key, tensor in hf.state_dict().items():
         state[key] = tensor.t() if key.endswith(TRANSPOSED) else tensor
@@ -63,21 +67,76 @@ def load_hugging_face(directory):
         "n_embd": hf.config.n_embd,
         "gelu": GELU_OF[hf.config.activation_function],
     }
-    return {"model": state, "config": config, "tokenizer": find_tokenizer(directory)}
+    tokenizer = tokenizer_of(directory, hf.config.vocab_size)
+    return {"model": state, "config": config, "tokenizer": tokenizer}
 
 
 def load_transformers_model(directory):
     """transformers' own model, with all of its weights. Raises UserError in one line."""
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
     silence_transformers()
+    check_files(Path(directory))
     try:
-        hf, info = GPT2LMHeadModel.from_pretrained(directory, output_loading_info=True)
+        kind = GPT2Config.get_config_dict(directory)[0].get("model_type", "gpt2")
+        config = GPT2Config.from_pretrained(directory)
+    except Exception as error:  # no config.json, or none that can be read
+        raise not_loaded(directory, error) from error
+    if kind != "gpt2":
+        raise UserError(f"{directory!r} is no GPT-2: its config.json says {kind!r}")
+    check_plain_gpt2(directory, config)
+    check_size(directory, config)
+    try:
+        hf, info = GPT2LMHeadModel.from_pretrained(directory, config=config,
+                                                   output_loading_info=True)
     except Exception as error:  # no weights, truncated or hostile files
         raise not_loaded(directory, error) from error
     if info["missing_keys"]:
         first_missing = sorted(info["missing_keys"])[0]
         raise UserError(f"{directory!r} is no GPT-2: its weights lack {first_missing}")
+    unused = sorted(key for key in info["unexpected_keys"] if not key.endswith(MASKS))
+    if unused:
+        raise UserError(f"{directory!r} is not plain GPT-2: its config does not use its weights "
+                        f"{unused[0]}")
     return hf
+
+
+def check_files(folder):
+    """Raise UserError if a file in the folder leads to others: weights elsewhere, or an adapter
+    that transformers would leave out."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{str(folder)!r} holds an adapter (LoRA), which is not applied here: "
+                        "merge it into its model first")
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            elsewhere = [name for name in names if os.path.basename(name) != name]
+        except Exception as error:
+            raise not_loaded(str(folder), error) from error
+        if elsewhere:
+            raise UserError(f"{str(index)!r} names {elsewhere[0]!r}: expected files beside it")
+
+
+def check_size(directory, config):
+    """Raise UserError if the model would have more weights than its files have bytes: transformers
+    makes it before it reads them."""
+    n_embd = config.n_embd
+    n = (12 * config.n_layer * n_embd + config.vocab_size + config.n_positions) * n_embd
+    files = [*Path(directory).glob("*.safetensors"), *Path(directory).glob("*.bin")]
+    n_bytes = sum(file.stat().st_size for file in files)
+    if files and n > n_bytes:
+        raise UserError(f"{directory!r} is no GPT-2 that can be read: its config.json describes "
+                        f"{n:,} weights, and its files have {n_bytes:,} bytes")
+
+
+def tokenizer_of(directory, n_rows):
+    """The tokenizer of a model's directory, as a dict. Without any it is taken to be GPT-2's, if
+    the model has a row for each of its tokens; UserError otherwise."""
+    tokenizer = find_tokenizer(directory)
+    has_files = any((Path(directory) / name).exists() for name in TOKENIZER_FILES)
+    if not has_files and n_rows != GPT2_ROWS:
+        raise UserError(f"{directory!r} has no tokenizer, and {n_rows} rows in its embedding: "
+                        f"GPT-2's has {GPT2_ROWS}. Put the model's tokenizer.json beside it")
+    return tokenizer
 
 
 def not_loaded(name, error):

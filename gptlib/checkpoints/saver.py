@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gptlib.checkpoints.directory import DirectoryWriter, remove_directory
 from gptlib.common import UserError, atomic_write, print0
-from gptlib.distributed import map_leaves, whole
-from gptlib.distributed import World, any_rank, share_from_rank0
+from gptlib.distributed import World, any_rank, map_leaves, share_from_rank0, whole
 
 CHECKPOINT_VERSION = 1  # a program that knows only lower ones refuses the checkpoint
 

@@ -4,20 +4,22 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from gptlib.checkpoints.directory import (fill_checkpoint, identity_of_directory,
                                           is_checkpoint_directory, read_tensors, split_sharded)
 from gptlib.checkpoints.formats import load_any_format, load_checkpoint, load_directory
 from gptlib.checkpoints.huggingface import identity_of_hugging_face, locate_model
 from gptlib.checkpoints.saver import list_checkpoints
 from gptlib.checkpoints.verified_file import directory_identity
-from gptlib.common import UserError, warn
+from gptlib.common import UserError, first_line, warn
 from gptlib.data.tokenizer import tokenizer_to_dict
-from gptlib.distributed import broadcast_nest, shard_like
-from gptlib.distributed import any_rank, share_from_rank0
+from gptlib.distributed import any_rank, broadcast_nest, shard_like, share_from_rank0
 from gptlib.runtime import set_rng
 
 SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")
-TRAINING_STATE = ("train_config", "position", "optimizer")
+TRAINING_STATE = {"train_config": dict, "step": int, "position": int, "optimizer": list,
+                  "scaler": dict, "rng": list}
 OWN_OF_A_START = ("preset", "resume", "auto_resume", "checkpoint_path")
 # settings that earlier versions had, with the defaults at which they change nothing
 REMOVED_SETTINGS = {"tuning": "", "plan": False, "gpus": 1, "gpu": "", "dollars_per_hour": 0.0}
@@ -83,15 +85,21 @@ class Start:
         """
         if not self.resumed:
             return
-        for optimizer, state in zip(optimizers, self.optimizer, strict=True):
-            state = dict(state, param_groups=optimizer.state_dict()["param_groups"])
-            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-        if self.directory:  # what is there now is empty
-            read_tensors(self.directory, named_optimizer_tensors(optimizers))
-        if self.scaler:
-            scaler.load_state_dict(self.scaler)
-        if rank < len(self.rng):
-            set_rng(device, self.rng[rank])
+        try:
+            for optimizer, state in zip(optimizers, self.optimizer, strict=True):
+                state = dict(state, param_groups=optimizer.state_dict()["param_groups"])
+                optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+            if self.directory:  # what is there now is empty
+                read_tensors(self.directory, named_optimizer_tensors(optimizers))
+            if self.scaler:
+                scaler.load_state_dict(self.scaler)
+            if rank < len(self.rng):
+                set_rng(device, self.rng[rank])
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a hostile or half-written state has a hundred ways to fail
+            raise UserError("the checkpoint's training state cannot be restored: "
+                            f"{type(error).__name__}: {first_line(error)}") from error
 
     def release(self):
         """Forget the tensors, which the model and the optimizers now hold."""
@@ -159,7 +167,7 @@ def load_start(flags, world, known):
     if not offer.weights_only:
         start.resumed = True
         for name in ("step", "position", "val_loss", "val_step", "optimizer", "scaler", "rng"):
-            setattr(start, name, checkpoint.pop(name))
+            setattr(start, name, checkpoint.pop(name, None))
     return start
 
 
@@ -220,9 +228,10 @@ def load_training_state(path, verify=True):
         checkpoint = load_directory(path, verify)
     else:
         checkpoint = load_any_format(path, mmap=CAN_MAP, model_only=False)
-    for name in TRAINING_STATE:
-        if name not in checkpoint:
-            raise UserError(f"{str(path)!r} has no training state to resume ({name} is missing): "
+    for name, kind in TRAINING_STATE.items():
+        if name not in checkpoint or type(checkpoint[name]) is not kind:
+            reason = "is missing" if name not in checkpoint else f"is no {kind.__name__}"
+            raise UserError(f"{str(path)!r} has no training state to resume ({name} {reason}): "
                             "use it with --init_from")
     return Offer(str(path), identity, False, "directory" in checkpoint, checkpoint)
 

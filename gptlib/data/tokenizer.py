@@ -40,6 +40,9 @@ CHAR_OF = {b: chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b i
 BYTE_OF = {char: b for b, char in CHAR_OF.items()}
 # SHA-256 of GPT-2's tokens as dump_ranks writes them
 GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# files of Hugging Face's other tokenizers, and the classes that may be GPT-2's
+OTHER_TOKENIZERS = ("*.model", "*.spm", "vocab.txt")
+GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast")
 
 
 def spell(token):
@@ -148,8 +151,10 @@ def find_tokenizer(path, meta=None):
                         f"is a dataset (python fineweb.py --data_root {root} makes one) or "
                         "Hugging Face's")
     is_hugging_face = (root / "tokenizer.json").exists() or (root / "vocab.json").exists()
-    if is_hugging_face and not (root / "meta.json").exists():
-        return read_hugging_face(root)
+    if not (root / "meta.json").exists():
+        if is_hugging_face:
+            return read_hugging_face(root)
+        refuse_other_tokenizers(root)
     meta = read_meta(root) if meta is None else meta
     name = meta.get("tokenizer", "gpt2")
     if name == "gpt2":
@@ -189,7 +194,7 @@ def read_hugging_face(root):
         ranks = dump_ranks(ranks_of(spec["model"], spec.get("added_tokens", [])))
     except NotUsable as reason:
         raise UserError(f"the tokenizer of {root} can't be used here: {reason}") from reason
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the tokenizer of {root} can't be read ({type(error).__name__}: "
                         f"{error})") from error
     if pattern == BPE_SPLIT:
@@ -198,10 +203,33 @@ def read_hugging_face(root):
     return {"name": "gpt2" if is_gpt2 else "bpe-gpt2", "ranks": ranks}
 
 
+def refuse_other_tokenizers(root):
+    """Raise UserError if a directory has a tokenizer of another kind than byte-level BPE."""
+    files = [path.name for pattern in OTHER_TOKENIZERS for path in root.glob(pattern)]
+    name = class_of_tokenizer(root)
+    if files or name not in GPT2_CLASSES:
+        kind = files[0] if files else f"a {name}"
+        raise UserError(f"the tokenizer of {root} can't be used here: it is {kind}, expected a "
+                        "tokenizer.json of a byte-level BPE")
+
+
+def class_of_tokenizer(root):
+    """What tokenizer_config.json calls the tokenizer's class, or None if there is none."""
+    try:
+        config = json.loads((root / "tokenizer_config.json").read_bytes())
+        return config.get("tokenizer_class")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{root / 'tokenizer_config.json'} can't be read ({error})") from error
+
+
 def read_spec(root):
     """The contents of tokenizer.json, or the same from the two files that GPT-2 came in."""
     if (root / "tokenizer.json").exists():
         return read_json(root / "tokenizer.json")
+    name = class_of_tokenizer(root)
+    require(name in GPT2_CLASSES, f"its class is {name}, expected GPT2Tokenizer")
     lines = (root / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     vocab = read_json(root / "vocab.json")

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from byte_model import make_tokenizer
 from conftest import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -42,16 +43,18 @@ GELU = {"tanh": "gelu_new", "none": "gelu"}
 def test_the_four_sizes(monkeypatch, tmp_path, name, n_layer, n_head, n_embd, parameters):
     """Guards against a size whose names, shapes or counts of tensors differ; on the meta device,
     which takes no memory."""
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
     def snapshot_download(asked, **options):
         assert asked == name
+        transformers.GPT2Config(**sizes).save_pretrained(tmp_path)
         return str(tmp_path)
 
     def from_pretrained(asked, **options):
         assert asked == str(tmp_path)
-        sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
         assert hf.num_parameters() == parameters
-        return hf, {"missing_keys": set()}
+        return hf, {"missing_keys": set(), "unexpected_keys": set()}
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", from_pretrained)
@@ -216,6 +219,7 @@ def test_a_shorter_context_of_a_hugging_face_directory(tmp_path):
     """Guards against a shorter context that keeps other position embeddings than the first."""
     hf = hugging_face(block_size=64)
     hf.save_pretrained(tmp_path)
+    export_tokenizer(make_tokenizer(), tmp_path, 64)
     model = GPT.from_checkpoint(load_checkpoint(tmp_path), block_size=16).eval()
     idx = torch.randint(300, (2, 16))
     assert model.config.block_size == 16

@@ -9,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from byte_model import make_tokenizer
 from conftest import ROOT, environment
 from interop_helpers import SIZES, assert_same_nest, training_state
 
 from gptlib.checkpoints.saver import save_checkpoint
 from gptlib.checkpoints.start import load_start
 from gptlib.common import UserError
+from gptlib.data.tokenizer import tokenizer_to_dict
 from gptlib.distributed import split_tensors
 from gptlib.distributed import World
 from train_gpt2 import GPT, GPTConfig
@@ -139,9 +141,13 @@ WEIGHTS = dict(init_from="log/model_00003.pt")
 HF = dict(init_from="hf")
 
 
-def write_hugging_face(path, seed=0):
+def hugging_face_model(seed=0):
     torch.manual_seed(seed)
-    GPT(GPTConfig(**SIZES)).save_pretrained(path)
+    return GPT(GPTConfig(**{**SIZES, "vocab_size": 257}))
+
+
+def write_hugging_face(path, seed=0):
+    hugging_face_model(seed).save_pretrained(path, make_tokenizer())
 
 
 def prepare_hosts(root):
@@ -224,9 +230,10 @@ def test_every_rank_resumes_rank_0s_checkpoint(two_ranks, case):
 def test_every_rank_starts_from_rank_0s_weights(two_ranks, case):
     """Guards against ranks that start from different weights, or with the training state that
     lies beside them in the file."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SIZES)).state_dict()
-    expected = training_state()["model"] if case.startswith("weights") else dict(model)
+    expected, tokenizer = training_state()["model"], {"name": "gpt2"}
+    if not case.startswith("weights"):
+        expected = dict(hugging_face_model().state_dict())
+        tokenizer = tokenizer_to_dict(make_tokenizer())
     for results in two_ranks:
         start = results[case]["start"]
         assert not start["resumed"]
@@ -234,7 +241,7 @@ def test_every_rank_starts_from_rank_0s_weights(two_ranks, case):
         assert start["optimizer"] == []
         assert list(start["checkpoint"]) == ["model", "config", "tokenizer"]
         assert_same_nest(start["checkpoint"]["model"], expected)
-        assert start["checkpoint"]["tokenizer"] == {"name": "gpt2"}
+        assert start["checkpoint"]["tokenizer"] == tokenizer
 
 
 def test_nothing_to_resume_on_two_ranks(two_ranks):
