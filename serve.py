@@ -24,7 +24,6 @@ exits at once.
 """
 
 import dataclasses
-import hmac
 import os
 import signal
 import sys
@@ -34,26 +33,44 @@ import traceback
 from itertools import chain
 from pathlib import Path
 
+from gptlib.common import ArgumentParser, UserError, log, run_main, warn
+from gptlib.config import add_flags, check_settings, read_environment, setting
+from gptlib.inference.quantize import QUANTIZE_CHOICES
+from gptlib.serving.access import (
+    RateLimit,
+    client_address,
+    has_key,
+    is_loopback,
+    register_authentication,
+    register_cors,
+    register_host_check,
+    split_list,
+)
 from gptlib.serving.api import (
     DEFAULT_MAX_TOKENS,
     VERSION,
     ApiError,
     CompletionAnswer,
     GenerateAnswer,
+    check_echo,
+    encode_prompt,
     encode_prompts,
-    encode_text,
     error_response,
     job_error,
     openapi,
     parse_body,
     request_models,
+    split_prompts,
     sse_stream,
+    wrong_value,
 )
-from gptlib.common import ArgumentParser, UserError, log, run_main
-from gptlib.config import add_flags, check_settings, read_environment, setting
-from gptlib.serving.http_server import create_server, disconnect_check, wait_until_sent
-from gptlib.inference.quantize import QUANTIZE_CHOICES
-from gptlib.serving.service import JobError, Service, TooManySequences
+from gptlib.serving.http_server import (
+    create_server,
+    disconnect_check,
+    stop_listening,
+    wait_until_sent,
+)
+from gptlib.serving.service import JobError, Service
 from inference import DEFAULT_CHECKPOINT, load_for_sampling
 
 PAGE = Path(__file__).resolve().parent / "gptlib" / "serving" / "page"
@@ -91,8 +108,17 @@ class Settings:
     compile: bool = setting(False, "torch.compile the decode step: a slower start, then faster")
     api_key: str = setting("", "API key that clients must send; /health and / are exempt "
                            "(default: no authentication)")
-    rate_limit: str = setting("", "requests for text from one address, as \"60 per minute\" or "
-                              "\"5/second\" (default: unlimited)")
+    allowed_hosts: str = setting(
+        "", "host names, separated by commas, that a server on this machine's own address without "
+        "an API key answers to, beside localhost")
+    cors_origins: str = setting(
+        "", "web pages that may ask from a browser: origins such as https://example.com, separated "
+        "by commas, or * (default: none)")
+    trusted_proxies: int = setting(
+        0, "proxies of yours that a request passes; each one's X-Forwarded-For is believed", 0)
+    rate_limit: str = setting(
+        "", "sequences of text for one address, as \"60 per minute\" or \"5/second\" (default: "
+        "unlimited)")
     max_length_limit: int = setting(1024, "most new tokens in a sequence", 1)
     max_prompt_length: int = setting(
         32768, "most characters, or token ids, in a prompt", 1)
@@ -107,6 +133,8 @@ class Settings:
         True, "the beginning of a prompt that the cache holds already is not read again")
     request_timeout: float = setting(
         300.0, "seconds after which an unfinished request gets 504", 0.01)
+    step_timeout: float = setting(
+        120.0, "seconds that one step of the model may take before /health answers 503", 0.01)
 
     def __post_init__(self):
         check_settings(self, str.upper)
@@ -117,7 +145,12 @@ def read_settings(argv=(), env=None):
     parser = ArgumentParser(__doc__)
     add_flags(parser, Settings)
     flags = vars(parser.parse_args(list(argv)))
-    variables = read_environment(Settings, os.environ if env is None else env)
+    env = os.environ if env is None else env
+    key = flags.get("api_key", env.get("API_KEY"))
+    if key is not None and not key.strip():
+        # an empty variable is what a forgotten secret leaves: it must not open the server
+        raise UserError("API_KEY is set, but empty: give a key, or leave it out")
+    variables = read_environment(Settings, env)
     return Settings(**{**variables, **flags})
 
 
@@ -135,7 +168,7 @@ def make_service(settings):
     checkpoint_name = Path(settings.model_checkpoint).resolve().stem
     return Service(
         load, settings.model_name or checkpoint_name, settings.slots, settings.queue_size,
-        settings.request_timeout, compile=settings.compile,
+        settings.request_timeout, settings.step_timeout, compile=settings.compile,
         prefill_chunk=settings.prefill_chunk, prefix_reuse=settings.prefix_reuse)
 
 
@@ -151,56 +184,37 @@ def create_app(settings=None):
     app.extensions["service"] = service
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_size
     app.json.sort_keys = False
-    # the key is checked before the rate: a client without a key uses up nobody's rate
-    register_authentication(app, settings)
-    limiter, limit_rate = register_rate_limit(app, settings)
+    register_errors(app, settings.max_body_size)
     register_metrics(app, service)
-    register_errors(app, settings, limiter)
-    register_text_routes(app, service, settings, models, limit_rate)
+    register_access(app, settings)
+    register_text_routes(app, service, settings, models)
     register_status_routes(app, service, settings, models)
     register_page(app)
     return app
 
 
-def register_authentication(app, settings):
-    """Answer 401 to a request without the API key, compared in constant time."""
-    from flask import request
-
-    @app.before_request
-    def check_key():
-        request.environ["serve.start"] = time.monotonic()
-        if not settings.api_key or request.endpoint in WITHOUT_KEY:
-            return
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        key = request.headers.get("X-API-Key") or bearer
-        # headers arrive as latin-1: this gives back the bytes that the client sent
-        if not hmac.compare_digest(key.encode("latin-1", "replace"), settings.api_key.encode()):
-            raise ApiError(401, "the API key is missing or wrong: expected "
-                           "Authorization: Bearer KEY, or X-API-Key: KEY", code="invalid_api_key")
-
-
-def register_rate_limit(app, settings):
-    """The limiter, and the decorator for the views that count towards RATE_LIMIT."""
-    from flask_limiter import Limiter
-    from flask_limiter.util import get_remote_address
-    from limits import parse_many
-
-    limiter = Limiter(get_remote_address, app=app, storage_uri="memory://",
-                      strategy="moving-window")
-    if not settings.rate_limit:
-        return limiter, lambda view: view
-    try:
-        parse_many(settings.rate_limit)
-    except ValueError as e:
-        raise UserError(f"RATE_LIMIT is {settings.rate_limit!r}: expected something like "
-                        '"60 per minute" or "5/second"') from e
-    return limiter, limiter.shared_limit(settings.rate_limit, "text")
+def register_access(app, settings):
+    """Check host name, origin and key of each request, in this order."""
+    is_private = is_loopback(settings.host)
+    if is_private and not settings.api_key:
+        register_host_check(app, split_list(settings.allowed_hosts.lower()))
+    if not is_private and not settings.api_key:
+        warn(f"HOST is {settings.host} and there is no API_KEY: whoever reaches this address may "
+             "use the server")
+    if settings.cors_origins:
+        register_cors(app, split_list(settings.cors_origins))
+    if settings.api_key:
+        register_authentication(app, settings.api_key, WITHOUT_KEY)
 
 
 def register_metrics(app, service):
     """Count every response, time it to its end, and serve /metrics."""
     from flask import Response, request
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+    @app.before_request
+    def begin():
+        request.environ["serve.start"] = time.monotonic()
 
     @app.after_request
     def count(response):
@@ -222,7 +236,7 @@ def register_metrics(app, service):
         return Response(text, content_type=CONTENT_TYPE_LATEST)
 
 
-def register_errors(app, settings, limiter):
+def register_errors(app, max_body_size):
     """Answer every error in JSON, without details of an internal one."""
     from flask import request
     from werkzeug.exceptions import HTTPException
@@ -242,21 +256,11 @@ def register_errors(app, settings, limiter):
         return error_response(ApiError(500, message))
 
     def answer_http_error(error):
-        retry_after = None
         message = f"{error.name}: {request.method} {request.path[:100]}"
         if error.code == 413:
-            message = (f"the body is too large: expected at most {settings.max_body_size} bytes "
+            message = (f"the body is too large: expected at most {max_body_size} bytes "
                        "(MAX_BODY_SIZE)")
-        elif error.code == 429:
-            seconds = limiter.current_limit.reset_at - time.time()
-            if seconds > limiter.current_limit.limit.get_expiry() + 1:
-                # the clock has been set back: all would have to wait until it has caught up
-                limiter.reset()
-                seconds = 1
-            retry_after = max(1, int(seconds))
-            message = (f"more than {error.description}, the rate limit; "
-                       f"try again in {retry_after} seconds")
-        response = error_response(ApiError(error.code, message, retry_after=retry_after))
+        response = error_response(ApiError(error.code, message))
         if error.code == 405:
             response.headers["Allow"] = ", ".join(error.valid_methods)
         return response
@@ -266,41 +270,70 @@ def register_errors(app, settings, limiter):
 # routes
 
 
-def register_text_routes(app, service, settings, models, limit_rate):
+def register_text_routes(app, service, settings, models):
     """POST /generate and POST /v1/completions."""
+    from flask import request
     Generate, Completion = models
+    rate_limit = RateLimit(settings.rate_limit)
+
+    def read(model):
+        """The body, and a function that counts its sequences; a bad body counts as one."""
+        service.check_open()
+        address = client_address(request, settings.trusted_proxies)
+        rate_limit.count(address)
+
+        def count(n):
+            rate_limit.check_size(n)
+            rate_limit.count(address, n - 1)
+
+        return read_body(model), count
 
     @app.post("/generate")
-    @limit_rate
     def generate():
-        body = read_body(service, Generate)
-        tokens = encode_text(service.tokenizer, body.prompt)
+        body, count = read(Generate)
+        count(body.num_samples)
+        tokens = encode_prompt(service.tokenizer, body.prompt)
         job = submit(service, body, [tokens] * body.num_samples, "num_samples", body.max_length)
         answer = GenerateAnswer(job, body.prompt, len(tokens), service.name)
         return respond(job, answer, body.stream)
 
     @app.post("/v1/completions")
-    @limit_rate
     def completions():
-        body = read_body(service, Completion)
+        body, count = read(Completion)
         check_model_name(service, body.model)
-        prompts = encode_prompts(service.tokenizer, body.prompt, settings.max_prompt_length)
-        sequences = [prompt for prompt in prompts for _ in range(body.n or 1)]
-        max_length = body.max_tokens or min(DEFAULT_MAX_TOKENS, settings.max_length_limit)
-        job = submit(service, body, sequences, "prompt", max_length)
+        n = body.n or 1
+        if body.best_of not in (None, n):
+            raise wrong_value(Completion, "best_of", body.best_of)
+        prompts = split_prompts(body.prompt, settings.max_prompt_length)
+        service.check_size(len(prompts) * n, "prompt")
+        count(len(prompts) * n)
+        prompts = encode_prompts(service.tokenizer, prompts)
+        sequences = [prompt for prompt in prompts for _ in range(n)]
         echo = [""] * len(sequences)
         if body.echo:
-            echo = [service.tokenizer.decode(sequence) for sequence in sequences]
+            texts = [service.tokenizer.decode(prompt) for prompt in prompts]
+            check_echo(texts, n, settings.max_body_size)
+            echo = [text for text in texts for _ in range(n)]
+        max_length = body.max_tokens or min(DEFAULT_MAX_TOKENS, settings.max_length_limit)
+        job = submit(service, body, sequences, "prompt", max_length)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         n_prompt_tokens = sum(len(prompt) for prompt in prompts)
         answer = CompletionAnswer(job, service.name, n_prompt_tokens, echo, include_usage)
         return respond(job, answer, body.stream)
 
+    @app.post("/v1/chat/completions")
+    def chat():
+        raise ApiError(404, "this is a base model, which continues a text and does not chat: use "
+                       "POST /v1/completions with a prompt", code="not_a_chat_model")
 
-def read_body(service, model):
-    """The request's body as an instance of the pydantic model. Raises ApiError 400, 415 and 503."""
+
+def read_body(model):
+    """The request's body as an instance of the pydantic model. Raises ApiError 400 and 415."""
     from flask import request
-    service.check_open()
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"the body is compressed (Content-Encoding: {encoding[:50]}): "
+                       "expected plain JSON")
     if request.mimetype != "application/json":
         raise ApiError(415, f"the content type is {request.mimetype[:50]!r}: "
                        "expected application/json")
@@ -319,13 +352,10 @@ def submit(service, body, prompts, field, max_length):
     from flask import request
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature = 1.0 if body.temperature is None else body.temperature
-    try:
-        return service.submit(
-            prompts, stop, disconnect_check(request.environ),
-            max_length=max_length, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
-            seed=body.seed)
-    except TooManySequences as error:
-        raise ApiError(400, f"{field} {error}", field) from error
+    return service.submit(
+        prompts, field, stop, disconnect_check(request.environ),
+        max_length=max_length, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
+        seed=body.seed)
 
 
 def respond(job, answer, stream):
@@ -357,16 +387,19 @@ def respond(job, answer, stream):
 
 def register_status_routes(app, service, settings, models):
     """GET /health, /v1/models and /openapi.json."""
-    from flask import jsonify
+    from flask import jsonify, request
 
     @app.get("/health")
     def health():
+        status, about = service.health(), dict(service.about)
+        if settings.api_key and not has_key(request, settings.api_key):
+            about.pop("sample_prompt", None)  # it may be the training text's
         slots_in_use, queue = service.occupancy()
         body = dict(
-            status=service.status, **service.about, slots=settings.slots,
+            status=status, **about, slots=settings.slots,
             slots_in_use=slots_in_use, queue=queue, max_length_limit=settings.max_length_limit,
             key_required=bool(settings.api_key), version=VERSION)
-        return jsonify(body), 200 if service.status == "healthy" else 503
+        return jsonify(body), 200 if status == "healthy" else 503
 
     @app.get("/v1/models", defaults={"name": None})
     @app.get("/v1/models/<path:name>")
@@ -417,37 +450,46 @@ def __getattr__(name):
 # the command
 
 
-def stop_on_signals(service):
-    """The first SIGTERM or SIGINT asks for shutdown, the second exits at once."""
-    def stop(*_):
-        if service.shutdown.is_set():
-            os._exit(1)
-        service.shutdown.set()
+class StopFlag:
+    """Set by the first SIGTERM or SIGINT; the second one exits at once.
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    A signal handler must take no lock, as an Event's set() does: the main thread may hold it.
+    """
+
+    def __init__(self):
+        self.is_set = False
+        signal.signal(signal.SIGTERM, self.on_signal)
+        signal.signal(signal.SIGINT, self.on_signal)
+
+    def on_signal(self, *_):
+        if self.is_set:
+            os._exit(1)
+        self.is_set = True
 
 
 def main():
     settings = read_settings(sys.argv[1:])
     app = create_app(settings)
     service = app.extensions["service"]
-    # a thread for each sequence that is accepted, and spare ones that can always refuse more
-    server = create_server(app, settings.host, settings.port, service.capacity + 8,
+    server = create_server(app, settings.host, settings.port, service.capacity,
                            settings.max_body_size)
-    stop_on_signals(service)
+    stop = StopFlag()
     threading.Thread(target=server.run, name="http", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{server.effective_port}"
     log(f"listening on {address}, loading {settings.model_checkpoint}")
     service.start()
-    while not service.shutdown.wait(timeout=0.5):
-        pass  # before Python 3.14, Windows handles Ctrl-C only when a wait has ended
-    if service.error:
+    while not stop.is_set and service.status != "failed":
+        time.sleep(0.1)
+    if service.status == "failed":
         sys.exit(1)
+    stop_listening(server)
     log("finishing the requests in flight")
     service.drain()
     wait_until_sent(server, seconds=5)
+    if service.is_hung():
+        log("error: the model hangs, exiting without it")
+        os._exit(1)  # Python would wait for the engine's thread
     server.task_dispatcher.shutdown()
 
 

@@ -110,7 +110,7 @@ class Server:
             threading.Thread(
                 target=lambda pipe=pipe: self.lines.extend(iter(pipe.readline, "")), daemon=True
             ).start()
-        listening = r"(?:listening on|Listening at:) http://127\.0\.0\.1:(\d+)"
+        listening = r"(?:listening on|Listening at:) http://[\d.]+:(\d+)"
         match = self.wait_for(listening, START)
         self.port = int(match[1])
         self.url = f"http://127.0.0.1:{self.port}"

@@ -119,6 +119,21 @@ def load_gpt2():
             "--vocab_size 4096") from error
 
 
+def encode_text(enc, text):
+    """The token ids of a text. Raises UserError if the tokenizer cannot encode it.
+
+    tiktoken then panics, with an exception that is no Exception: at a run of a million spaces, which
+    overflows the stack of its regex, or at a byte for which the tokenizer has no token.
+    """
+    try:
+        return enc.encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError("the tokenizer cannot encode this text: it has a run of characters that is "
+                        "too long, or a byte for which there is no token") from error
+
+
 def check_vocabulary(what, vocab_size, enc):
     """Raise UserError if a model, named by `what`, has fewer ids than its tokenizer."""
     if enc.n_vocab > vocab_size:

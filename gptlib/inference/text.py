@@ -1,8 +1,12 @@
 """Between text and tokens: encoding prompts, and decoding a sequence's tokens as they come."""
 
 import codecs
+import math
+import queue
+import time
 
 from gptlib.common import warn
+from gptlib.data.tokenizer import encode_text
 
 
 def encode_prompt(model, tokenizer, prompt):
@@ -10,7 +14,7 @@ def encode_prompt(model, tokenizer, prompt):
 
     Warns if the text is longer than the model's context, and says where the rest begins.
     """
-    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    tokens = encode_text(tokenizer, prompt) or [tokenizer.eot_token]
     n_cut = len(tokens) - model.config.block_size
     if n_cut > 0:
         beginning = tokenizer.decode(tokens[n_cut:n_cut + 12])
@@ -39,15 +43,17 @@ class TextStream:
     """Iterate over a sequence's text as it is generated: whole characters, up to a stop string.
 
     stop: texts that end the continuation and are not part of it. step: the engine's step, if no
-    other thread calls it. Afterwards `text` is the whole text, n_tokens the number of its tokens,
-    and sequence.finish_reason says why it ended.
+    other thread calls it. deadline: the time.monotonic() at which it stops waiting, with a
+    TimeoutError. Afterwards `text` is the whole text, n_tokens the number of its tokens, and
+    sequence.finish_reason says why it ended.
     """
 
-    def __init__(self, sequence, tokenizer, stop=(), step=None):
+    def __init__(self, sequence, tokenizer, stop=(), step=None, deadline=math.inf):
         self.sequence = sequence
         self.tokenizer = tokenizer
         self.stop = [string for string in stop if string]
         self.step = step
+        self.deadline = deadline
         self.text = ""
         self.n_tokens = 0
 
@@ -78,7 +84,13 @@ class TextStream:
                 yield piece
 
     def _next_token(self):
-        """The next token id, or None at the end."""
-        while self.step and self.sequence.events.empty():
+        """The next token id, or None at the end. Raises TimeoutError at the deadline."""
+        events = self.sequence.events
+        while self.step and events.empty():
             self.step()
-        return self.sequence.events.get()
+        if self.deadline == math.inf:
+            return events.get()
+        try:
+            return events.get(timeout=max(0.0, self.deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None

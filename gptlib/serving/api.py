@@ -1,16 +1,19 @@
-"""The HTTP interface: request bodies, answers, errors and the OpenAPI description.
+"""The HTTP interface: bodies of requests, answers, errors and the OpenAPI description.
 
 The ranges of the sampling settings are those of SamplingParams; only the limits that are the
 server's own (how long, how many) are stated here.
 """
 
+import codecs
 import dataclasses
 import json
 import time
 import uuid
 from typing import Annotated, Literal
 
+from gptlib.common import UserError
 from gptlib.config import EXPECTED, describe_range, setting
+from gptlib.data.tokenizer import encode_text
 from gptlib.inference.sampling import SamplingParams
 from gptlib.serving import service
 
@@ -21,6 +24,7 @@ MAX_SEED = 2**63 - 1  # the largest integer that every JSON client can send
 MAX_STOP_TEXTS = 4  # as OpenAI's API has it
 MAX_STOP_LENGTH = 200  # characters
 MAX_NAME_LENGTH = 500  # characters
+MAX_ENTRIES = 10  # in an object within a body
 DEFAULT_MAX_LENGTH = 100  # of /generate
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API
 
@@ -67,7 +71,8 @@ JOB_ERRORS = {
 
 def job_error(error):
     """The ApiError for a JobError of the service."""
-    return ApiError(message=str(error), **JOB_ERRORS[type(error)])
+    field = getattr(error, "field", None)
+    return ApiError(message=str(error), field=field, **JOB_ERRORS[type(error)])
 
 
 def error_response(error):
@@ -116,10 +121,20 @@ def sampling_field(name, default, high=None, note=""):
     return number_field(declared.type, default, known["low"], high, known["above"], note)
 
 
-def unsupported_field(value):
+UNSUPPORTED = "it is not supported"
+
+
+def unsupported_field(value, **bounds):
     """A field of OpenAI's API that is accepted only with the value that changes nothing."""
     from pydantic import Field
-    return Field(None, description=f"not supported: leave it out, or give {value}")
+    description = f"{UNSUPPORTED}: leave it out, or give {value}"
+    return Field(None, description=description, **bounds)
+
+
+def list_of(kind, **bounds):
+    """The pydantic type of a list, in which the first wrong element is the last one looked at."""
+    from pydantic import Field
+    return Annotated[list[kind], Field(fail_fast=True, **bounds)]
 
 
 def describe_prompt(limit):
@@ -141,7 +156,7 @@ def sampling_body():
     """The fields that /generate and /v1/completions have in common."""
     from pydantic import Field
     StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-    StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS)]
+    StopTexts = list_of(StopText, max_length=MAX_STOP_TEXTS)
     stop_texts = (f"a text of 1 to {MAX_STOP_LENGTH} characters, or up to {MAX_STOP_TEXTS} "
                   "of them, that ends the continuation")
 
@@ -178,11 +193,13 @@ def completion_body(prompt_limit, length_limit, capacity):
 
     class StreamOptions(strict_body()):
         include_usage: bool | None = None
+        include_obfuscation: bool | None = None  # nothing is obfuscated here
 
+    Prompt = str | list_of(str) | list_of(int) | list_of(list_of(int))
     class Completion(sampling_body()):
         model: str | None = Field(
             None, max_length=MAX_NAME_LENGTH, description="the name that /v1/models lists")
-        prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        prompt: Prompt = Field(
             max_length=prompt_limit, description=describe_prompt(prompt_limit))
         max_tokens: int | None = sampling_field(
             "max_length", min(DEFAULT_MAX_TOKENS, length_limit), length_limit)
@@ -196,12 +213,11 @@ def completion_body(prompt_limit, length_limit, capacity):
         user: str | None = Field(
             None, max_length=MAX_NAME_LENGTH,
             description=f"a text of at most {MAX_NAME_LENGTH} characters, which is ignored")
-        best_of: Literal[1] | None = unsupported_field(1)
-        logprobs: None = unsupported_field("null")
-        suffix: None = unsupported_field("null")
-        logit_bias: None = unsupported_field("null")
-        presence_penalty: Literal[0] | None = unsupported_field(0)
-        frequency_penalty: Literal[0] | None = unsupported_field(0)
+        best_of: int | None = unsupported_field("the value of n")
+        suffix: Literal[""] | None = unsupported_field("null")
+        logit_bias: dict | None = unsupported_field("null", max_length=0)
+        presence_penalty: float | None = unsupported_field(0, ge=0, le=0)
+        frequency_penalty: float | None = unsupported_field(0, ge=0, le=0)
 
     return Completion
 
@@ -215,59 +231,105 @@ def request_models(prompt_limit, length_limit, capacity):
     return generate_body(*limits), completion_body(*limits)
 
 
+def parse_json(data):
+    """The value of a body, bytes. Raises ApiError 400 if it is no JSON."""
+    from pydantic_core import from_json
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ApiError(400, "the body begins with a byte order mark: expected UTF-8 without one")
+    try:
+        return from_json(data)
+    except ValueError as e:
+        raise ApiError(400, f"the body is not valid JSON: {e}") from e
+
+
 def parse_body(model, data):
     """The body of a request, bytes, as an instance of the pydantic model.
 
-    Raises ApiError 400 that names the first field at fault and what is expected there.
+    Raises ApiError 400 that names the first field at fault and what is expected there. The first
+    error counts: listing all errors of a megabyte of wrong JSON took seconds.
     """
     from pydantic import ValidationError
+    values = parse_json(data)
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    for field, value in values.items():
+        if field not in model.model_fields:
+            known = ", ".join(model.model_fields)
+            raise ApiError(400, f"unknown field {field[:50]!r}: expected {known}", field[:50])
+        if isinstance(value, dict) and len(value) > MAX_ENTRIES:
+            raise wrong_value(model, field, value)
     try:
-        return model.model_validate_json(data)
+        return model.model_validate(values)
     except ValidationError as e:
-        error = e.errors(include_url=False)[0]
-    field = str(error["loc"][0]) if error["loc"] else ""
-    if not field:
-        wrong = "is not valid JSON" if error["type"] == "json_invalid" else "is not a JSON object"
-        reason = error["msg"].removeprefix("Invalid JSON: ")
-        raise ApiError(400, f"the body {wrong}: {reason}")
-    if field not in model.model_fields:
-        known = ", ".join(model.model_fields)
-        raise ApiError(400, f"unknown field {field[:50]!r}: expected {known}", field[:50])
-    found = "missing" if error["type"] == "missing" else json.dumps(error["input"])
+        field = str(e.errors(include_url=False, include_input=False)[0]["loc"][0])
+    if field not in values:
+        expected = model.model_fields[field].description
+        raise ApiError(400, f"{field} is missing: expected {expected}", field)
+    raise wrong_value(model, field, values[field])
+
+
+def wrong_value(model, field, value):
+    """The ApiError for a field whose value is not as its description says."""
+    found = json.dumps(value)
     if len(found) > 60:
         found = found[:57] + "..."
     expected = model.model_fields[field].description
-    raise ApiError(400, f"{field} is {found}: expected {expected}", field)
+    if not expected.startswith(UNSUPPORTED):
+        expected = f"expected {expected}"
+    return ApiError(400, f"{field} is {found}: {expected}", field)
 
 
-def encode_text(tokenizer, text):
-    """The token ids of a prompt; an empty one is <|endoftext|>, the start of a document."""
-    return tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+def encode_prompt(tokenizer, text):
+    """The token ids of a text; an empty one is <|endoftext|>, the start of a document.
+
+    Raises ApiError 400 if the tokenizer cannot encode it.
+    """
+    try:
+        return encode_text(tokenizer, text) or [tokenizer.eot_token]
+    except UserError as error:
+        raise ApiError(400, f"prompt: {error}", "prompt") from error
 
 
-def encode_prompts(tokenizer, prompt, limit):
-    """The prompts of a completion as lists of token ids.
+def split_prompts(prompt, limit):
+    """The prompts of a completion: texts, or lists of token ids.
 
     prompt: a text, token ids, or a list of such; limit: the largest number of characters or ids
-    in one. Raises ApiError 400 for an empty list, a long prompt and an unknown token id.
+    in one. Raises ApiError 400 for an empty list and a long prompt.
     """
     is_token_ids = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
     prompts = [prompt] if isinstance(prompt, str) or is_token_ids else prompt
-    encoded = []
-    for one in prompts:
-        encoded.append(encode_text(tokenizer, one) if isinstance(one, str) else one)
-    if not encoded or not all(encoded):
+    if not prompts or [] in prompts:
         message = "prompt is an empty list: expected a text, token ids, or a list of such"
         raise ApiError(400, message, "prompt")
     if any(len(one) > limit for one in prompts):
         message = f"a prompt in the list is too long: expected {describe_prompt(limit)}"
         raise ApiError(400, message, "prompt")
+    return prompts
+
+
+def encode_prompts(tokenizer, prompts):
+    """Texts or lists of token ids as lists of token ids. Raises ApiError 400 for an unknown id."""
     largest = tokenizer.n_vocab - 1
-    for tokens in encoded:
-        if min(tokens) < 0 or max(tokens) > largest:
+    encoded = []
+    for one in prompts:
+        if isinstance(one, str):
+            one = encode_prompt(tokenizer, one)
+        elif min(one) < 0 or max(one) > largest:
             message = f"prompt has a token id out of range: expected 0 to {largest}"
             raise ApiError(400, message, "prompt")
+        encoded.append(one)
     return encoded
+
+
+def check_echo(texts, n, limit):
+    """Raise ApiError 400 if n copies of each prompt make an answer far longer than a request.
+
+    limit: characters that the copies beyond the first ones may have.
+    """
+    n_characters = (n - 1) * sum(map(len, texts))
+    if n_characters > limit:
+        raise ApiError(400, f"echo repeats {n_characters} characters of the prompts: expected at "
+                       f"most {limit} beyond one copy of each; lower n", "echo")
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from gptlib.inference.sampling import SamplingParams
 from gptlib.inference.text import TextStream
 from gptlib.runtime import use_one_thread_if_small
 
+MOST_FAILURES = 8  # sequences that fail one after the other, with none that succeeds between them
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 # -----------------------------------------------------------------------------
@@ -23,7 +24,7 @@ class JobError(Exception):
 
 
 class NotReady(JobError):
-    """The model is still being loaded."""
+    """The model is still being loaded, or does not answer."""
 
 
 class Closing(JobError):
@@ -31,7 +32,11 @@ class Closing(JobError):
 
 
 class TooManySequences(JobError):
-    """More sequences than fit at all."""
+    """More sequences than fit at all. field: what asks for them."""
+
+    def __init__(self, message, field):
+        super().__init__(message)
+        self.field = field
 
 
 class QueueFull(JobError):
@@ -113,8 +118,10 @@ class Job:
         self.service = service
         self.sequences = sequences
         self.is_disconnected = is_disconnected
-        self.streams = [TextStream(s, service.tokenizer, stop) for s in sequences]
         self.start = time.monotonic()
+        self.deadline = self.start + service.timeout
+        self.streams = [TextStream(s, service.tokenizer, stop, deadline=self.deadline)
+                        for s in sequences]
         self.has_first_token = False
 
     def pieces(self):
@@ -125,7 +132,11 @@ class Job:
         unfinished = {index: iter(stream) for index, stream in enumerate(self.streams)}
         while unfinished:
             for index in list(unfinished):
-                piece = next(unfinished[index], None)
+                try:
+                    piece = next(unfinished[index], None)
+                except TimeoutError:  # the engine's thread may hang: whoever waits keeps the time
+                    self.cancel("timeout")
+                    piece = None
                 if piece is None:
                     del unfinished[index]
                     self.check_finished(self.sequences[index])
@@ -141,6 +152,14 @@ class Job:
         if sequence.finish_reason not in ("stop", "length"):
             raise ModelFailed("the model failed on this request; the server's log says why")
 
+    def cancel(self, reason):
+        for sequence in self.sequences:
+            sequence.cancel(reason)
+
+    def count_unfinished(self):
+        """How many sequences take, or wait for, a slot: not those whose text is being sent."""
+        return sum(not sequence.ended for sequence in self.sequences)
+
     def note_first_token(self):
         """Record how long the first token took, once there is one."""
         if not self.has_first_token and any(s.tokens for s in self.sequences):
@@ -155,8 +174,9 @@ class Job:
                 return
             service.jobs.remove(self)
         self.note_first_token()  # a short job may end before the engine's thread looks at it
+        self.cancel("cancelled")
         for sequence in self.sequences:
-            sequence.cancel()
+            service.note_end(sequence)
             if sequence.error:
                 traceback.print_exception(sequence.error)
             service.metrics.sequences.labels(sequence.finish_reason).inc()
@@ -169,16 +189,21 @@ class Service:
     """The model, the thread that owns it, and the jobs it works on.
 
     load() returns an object with .model, .tokenizer, .quantize, .step and .sample_prompt; name:
-    what clients call the model; timeout: seconds that a job may take; engine_options: more
-    arguments of Engine. status is "loading", "failed", "healthy", "draining" or "closed".
+    what clients call the model; timeout: seconds that a job may take; step_timeout: seconds that
+    one step of the model may take; engine_options: more arguments of Engine. status is "loading",
+    "failed", "healthy", "draining" or "closed"; health() also tells a model that does not work.
     """
 
-    def __init__(self, load, name, slots=8, queue_size=64, timeout=300.0, **engine_options):
+    def __init__(self, load, name, slots=8, queue_size=64, timeout=300.0, step_timeout=120.0,
+                 **engine_options):
         self.load = load
         self.name = name
         self.slots = slots
         self.capacity = slots + queue_size  # sequences
         self.timeout = timeout
+        self.step_timeout = step_timeout
+        self.step_began = None  # when the step under way began
+        self.failures = 0  # sequences that failed, since the last one that did not
         self.engine_options = engine_options
         self.status = "loading"
         self.error = None  # the exception, if loading has failed
@@ -188,7 +213,6 @@ class Service:
         self.jobs = set()
         self.lock = threading.Lock()  # guards status and jobs
         self.wake = threading.Event()  # the engine's thread has something to do
-        self.shutdown = threading.Event()  # the process is to end
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.metrics = Metrics(self)
 
@@ -212,7 +236,6 @@ class Service:
         except Exception as error:
             self.status, self.error = "failed", error
             log(f"error: {error}")
-            self.shutdown.set()
             return
         with self.lock:
             is_ready = self.status == "loading"  # a signal may have come meanwhile
@@ -231,6 +254,7 @@ class Service:
 
     def _step(self):
         """Generate a token for every sequence in a slot. Returns False when there is none."""
+        self.step_began = time.monotonic()
         try:
             self._expire_jobs()
             return self.engine.step()
@@ -239,6 +263,8 @@ class Service:
             traceback.print_exception(error)
             self.engine.abort(error)
             return True
+        finally:
+            self.step_began = None
 
     def _load(self):
         loaded = self.load()
@@ -263,10 +289,32 @@ class Service:
         now = time.monotonic()
         for job in list(self.jobs):
             job.note_first_token()
-            is_late = now - job.start > self.timeout
-            if is_late or job.is_disconnected():
-                for sequence in job.sequences:
-                    sequence.cancel("timeout" if is_late else "cancelled")
+            if now > job.deadline:
+                job.cancel("timeout")
+            elif job.is_disconnected():
+                job.cancel("cancelled")
+
+    def note_end(self, sequence):
+        """Count failures in a row; a cancelled sequence says nothing about the model."""
+        if sequence.finish_reason == "error":
+            self.failures += 1
+        elif sequence.finish_reason in ("stop", "length"):
+            self.failures = 0
+
+    def health(self):
+        """The status; or "hung" if a step takes too long, "failing" if sequence after sequence
+        fails. A supervisor should then restart the process.
+        """
+        if self.status != "healthy":
+            return self.status
+        if self.is_hung():
+            return "hung"
+        return "failing" if self.failures >= MOST_FAILURES else "healthy"
+
+    def is_hung(self):
+        """Whether the step under way takes longer than any should."""
+        began = self.step_began
+        return began is not None and time.monotonic() - began > self.step_timeout
 
     def occupancy(self):
         """(sequences that have a slot, sequences that wait for one)."""
@@ -279,10 +327,18 @@ class Service:
         """Raise NotReady or Closing unless jobs are accepted."""
         if self.status == "loading":
             raise NotReady("the model is still being loaded, try again in a moment")
+        if self.is_hung():
+            raise NotReady(f"the model has not answered for {self.step_timeout:g} seconds")
         if self.status != "healthy":
             raise Closing(f"this server accepts no more requests, it is {self.status}")
 
-    def submit(self, prompts, stop, is_disconnected, **sampling):
+    def check_size(self, n, field):
+        """Raise TooManySequences if n do not fit at all; field: what asks for them."""
+        if n > self.capacity:
+            raise TooManySequences(
+                f"{field} makes {n} sequences: expected at most {self.capacity}", field)
+
+    def submit(self, prompts, field, stop, is_disconnected, **sampling):
         """Queue prompts, lists of token ids, as one Job; sequence i uses the seed `seed` + i.
 
         sampling: the fields of SamplingParams. Raises a JobError if it cannot be accepted, and
@@ -290,11 +346,10 @@ class Service:
         """
         params = SamplingParams(**sampling)
         n = len(prompts)
-        if n > self.capacity:
-            raise TooManySequences(f"makes {n} sequences: expected at most {self.capacity}")
+        self.check_size(n, field)
         with self.lock:
             self.check_open()
-            in_flight = sum(len(job.sequences) for job in self.jobs)
+            in_flight = sum(job.count_unfinished() for job in self.jobs)
             if in_flight + n > self.capacity:
                 raise QueueFull("all slots are taken and the queue is full, try again in a moment")
             sequences = []
@@ -308,8 +363,8 @@ class Service:
         return job
 
     def drain(self):
-        """Refuse new jobs and wait until those in flight are done."""
+        """Refuse new jobs and wait until those in flight are done, or the model hangs."""
         with self.lock:
             self.status = "draining"
-        while self.jobs:
+        while self.jobs and not self.is_hung():
             time.sleep(0.02)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gptlib.common import UserError, atomic_write, warn
+from gptlib.data.tokenizer import encode_text
 from gptlib.distributed import share_from_rank0
 from gptlib.runtime import without_cudnn_attention
 
@@ -127,8 +128,8 @@ def encode(example, tokenizer):
     An ending is encoded with the space before it, because in GPT-2's vocabulary the space
     belongs to the word that follows.
     """
-    context = tokenizer.encode_ordinary(example["ctx"])
-    endings = [tokenizer.encode_ordinary(" " + ending) for ending in example["endings"]]
+    context = encode_text(tokenizer, example["ctx"])
+    endings = [encode_text(tokenizer, " " + ending) for ending in example["endings"]]
     return context, endings
 
 

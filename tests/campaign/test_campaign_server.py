@@ -121,8 +121,8 @@ def raw_request(rng):
         body["max_tokens"] = body.pop("max_length")
     data = json.dumps(body).encode()
     if rng.random() < 0.2:
-        return f"GET {rng.choice(['/', '/health', '/metrics'])} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
-    head = (f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        return f"GET {rng.choice(['/', '/health', '/metrics'])} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    head = (f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(data)}\r\n\r\n")
     return head.encode() + data
 

@@ -38,7 +38,7 @@ async function showModel() {
     return;
   }
   if (!element("prompt").value) {
-    element("prompt").value = health.sample_prompt;
+    element("prompt").value = health.sample_prompt ?? "";
   }
   element("about").textContent = describeModel(health);
   element("max_length").max = health.max_length_limit;
