@@ -87,7 +87,7 @@ def load_model(source):
 
 def main():
     cfg = parse_flags()
-    with join() as world:
+    with join(cfg.device) as world:
         device = resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
         dtype = resolve_dtype(cfg.dtype, device)
         set_malloc(device, keep=True)

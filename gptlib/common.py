@@ -203,7 +203,7 @@ def is_rank0():
     """Whether this process is the one that writes and prints: the only one, or rank 0 under
     torchrun.
     """
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 def log(text):

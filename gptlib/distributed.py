@@ -4,22 +4,29 @@ With one process nothing here communicates: the same code serves a laptop and ei
 """
 
 import contextlib
+import ipaddress
 import os
 import signal
+import socket
+import struct
+import sys
 import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from gptlib.common import UserError, first_line
+from gptlib.common import UserError, first_line, warn
+from gptlib.runtime import resolve_device
 
 # The longest that rank 0 works while the others wait for it: samples, or reading a large
 # checkpoint from a slow disk. A rank that dies or hangs ends the others after this time.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+FIRST_EXCHANGE_SECONDS = 120  # NCCL's first exchange makes its connections
 PATIENCE = 5.0  # seconds within which all ranks that are alive notice the same failure
 POLL_INTERVAL = 0.2
 
@@ -36,23 +43,31 @@ class World:
 
 
 @contextlib.contextmanager
-def join():
+def join(device="auto"):
     """Join the processes that torchrun started, if it did, and leave them at the end of the block.
+
+    device: the name of the device that will compute, as resolve_device takes it. Raises UserError
+    if the processes cannot reach each other.
     """
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
+        warn_of_separate_tasks(os.environ)
         yield World()
         return
     rank, local_rank, size = read_ranks(os.environ)
     # Large pages for large tensors on a CPU, which torch asks for at its first one: a sharded model
     # frees and takes memory all the time, and with pages of 4 KiB that was a third of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    device = resolve_device(device, local_rank if size > 1 else None)
+    if device.type == "cuda":  # before the group is made: it opens a context on the current GPU
+        torch.cuda.set_device(device)
     # NCCL for tensors on a GPU; gloo for the rest, such as a checkpoint that rank 0 reads and
     # sends to the others
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    options = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        options = dict(rank=rank, world_size=size, store=join_store_of_torchrun(rank, size))
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, **options)
+    store = join_store(rank, size)
+    choose_interface(store, rank, size, os.environ)
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=rank,
+                            world_size=size)
+    check_exchange(device if device.type == "cuda" else torch.device("cpu"), size)
     try:
         yield World(rank, local_rank, size)
     except Exception as e:
@@ -62,22 +77,57 @@ def join():
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 
+def check_exchange(device, size):
+    """Add up a number over all processes, before data and model are made.
+
+    Raises UserError if a broken network or link between GPUs prevents that.
+    """
+    total = torch.ones(1, device=device)
+    work = dist.all_reduce(total, async_op=True)
+    end = time.monotonic() + FIRST_EXCHANGE_SECONDS
+    while not work.is_completed():
+        if time.monotonic() > end:
+            raise UserError(f"{size} processes have met, but after {FIRST_EXCHANGE_SECONDS} s they "
+                            f"have not exchanged one number between {device.type} devices: look at "
+                            "the network and the links between GPUs; NCCL_DEBUG=INFO shows more")
+        time.sleep(0.001)
+    work.wait()
+    if total.item() != size:
+        raise UserError(f"{size} processes added up a 1 of each, and found {total.item():g}: "
+                        f"{device} or its links are broken")
+
+
+def warn_of_separate_tasks(environment):
+    """Warn if a launcher has started several tasks of this script that do not know each other."""
+    launchers = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+                 ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
+    for size, rank in launchers:
+        n = environment.get(size, "")
+        if n.isdecimal() and int(n) > 1 and environment.get(rank) == "0":
+            warn(f"{size} is {n}, but RANK is not set: {n} processes run, each by itself. Start "
+                 "one torchrun on each host instead: srun --ntasks-per-node=1 torchrun "
+                 "--nnodes=... (docs/slurm.sh)")
+
+
 def read_ranks(environment):
     """(rank, local rank, world size) of torchrun's environment variables.
 
     Raises UserError if they are incomplete, as some clusters leave them, or not numbers.
     """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    values = [environment.get(name, "") for name in names]
-    if not all(value.isdecimal() for value in values):
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        raise UserError(f"the environment has {found}: expected three numbers, as torchrun sets "
-                        "them. Start the script with torchrun, or unset RANK for one process")
-    return tuple(map(int, values))
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    values = [environment.get(name, "") for name in numbers]
+    if not all(value.isdecimal() for value in values) or not environment.get("MASTER_ADDR"):
+        names = (*numbers, "MASTER_ADDR")
+        found = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+        raise UserError(f"the environment has {found}: expected four numbers and an address, as "
+                        "torchrun sets them. Start the script with torchrun, or unset RANK for one "
+                        "process")
+    return tuple(map(int, values[:3]))
 
 
-def join_store_of_torchrun(rank, size):
-    """The key-value store of torchrun's agent, under a prefix that no earlier processes have used.
+def join_store(rank, size):
+    """The key-value store through which the processes meet; if torchrun's agent keeps it, under a
+    prefix that no earlier processes have used.
 
     After a failure torchrun starts the processes again with the same store as before
     (next_rendezvous in torch 2.13's dynamic_rendezvous.py). It still holds the addresses of the
@@ -86,6 +136,8 @@ def join_store_of_torchrun(rank, size):
     """
     store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
     store.set_timeout(COLLECTIVE_TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
     return dist.PrefixStore(agree_on_name(store, rank, size), store)
 
 
@@ -117,6 +169,62 @@ def agree_on_name(store, rank, size):
 
 
 # -----------------------------------------------------------------------------
+# the network card
+
+
+def choose_interface(store, rank, size, environment):
+    """If there are several hosts, name in GLOO_SOCKET_IFNAME the network card of this one by which
+    it reaches MASTER_ADDR, unless the user has named one.
+
+    gloo itself would take the address that the host's name stands for, which in Debian's /etc/hosts
+    is 127.0.1.1. On its own host MASTER_ADDR may stand for that too: this host then asks the other
+    ranks, through the store, by which address they know it.
+    """
+    one_host = environment.get("LOCAL_WORLD_SIZE", str(size)) == str(size)
+    if one_host or environment.get("GLOO_SOCKET_IFNAME"):
+        return
+    own, master = addresses_towards(environment["MASTER_ADDR"])
+    is_loopback = ipaddress.ip_address(own).is_loopback
+    store.set(f"start/address_seen_by/{rank}", "" if is_loopback else master)
+    if is_loopback:
+        seen = (store.get(f"start/address_seen_by/{other}").decode() for other in range(size))
+        own = next(filter(None, seen), own)
+    interface = interface_of(own)
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+
+
+def addresses_towards(host):
+    """(address of this host by which it would send to `host`, the address of `host`)."""
+    family, kind, protocol, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as s:
+        s.connect(place)  # of a datagram socket: chooses a route and sends nothing
+        return s.getsockname()[0].split("%")[0], place[0].split("%")[0]
+
+
+def interface_of(address):
+    """The name of the network card that has an IP address; None if there is none, or if the system
+    does not tell, as only Linux does.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl  # Windows has none
+    wanted = ipaddress.ip_address(address)
+    if wanted.version == 6:
+        path = Path("/proc/net/if_inet6")
+        lines = path.read_text().splitlines() if path.exists() else []
+        fields = [line.split() for line in lines]
+        return next((f[-1] for f in fields if int(f[0], 16) == int(wanted)), None)
+    for _, name in socket.if_nameindex():
+        request = struct.pack("256s", name.encode())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+            answer = fcntl.ioctl(s, 0x8915, request)  # SIOCGIFADDR of <linux/sockios.h>
+            if answer[20:24] == wanted.packed:
+                return name
+    return None
+
+
+# -----------------------------------------------------------------------------
 # collectives: every rank has to call them
 
 
@@ -145,6 +253,24 @@ def gather_from_all(value, world):
     values = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def require_equal(facts, world):
+    """Raise UserError on every rank if any rank has other facts than rank 0. Collective.
+
+    facts: {what it is: value}, with the same keys on every rank.
+    """
+    if world.size == 1:
+        return
+    expected = share_from_rank0(facts, world)
+    differing = [name for name in facts if facts[name] != expected[name]]
+    mine = None
+    if differing:
+        name = differing[0]
+        mine = f"{name} is {facts[name]} on rank {world.rank}, but {expected[name]} on rank 0"
+    found = [text for text in gather_from_all(mine, world) if text]
+    if found:
+        raise UserError(f"{found[0]}: start all hosts with the same flags and the same data")
 
 
 # -----------------------------------------------------------------------------
@@ -268,14 +394,17 @@ def shard_like(tensor, parameter):
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came; the second signal has its usual effect and ends the
-    process at once.
+    """Remembers that SIGTERM or SIGINT came; the second signal ends the process at once.
+
+    Under torchrun a second SIGTERM is ignored: Slurm, systemd and pkill signal the processes and
+    torchrun, which passes the signal on to the processes. A second Ctrl-C ends them even then.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, world=World()):
-        self.world = world
+    def __init__(self, world=World(), on_signal=lambda: None):
+        """on_signal: called in the signal handler; it may set a flag, and take no lock."""
+        self.world, self.on_signal = world, on_signal
         self.received = False
         self.previous = {}
 
@@ -290,12 +419,15 @@ class StopSignal:
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # the log is not closed yet
+                signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         self.received = True
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        self.on_signal()
+        has_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if has_torchrun else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # -----------------------------------------------------------------------------

@@ -25,10 +25,11 @@ PEAK_TFLOPS = {
 
 
 def resolve_device(name="auto", local_rank=None):
-    """The torch.device for auto, cpu, cuda, cuda:N or mps; under torchrun cuda is the GPU of the
-    local rank.
+    """The torch.device for auto, cpu, cuda, cuda:N or mps.
 
-    Raises UserError for another name, or a device that this machine does not have.
+    local_rank: one of several processes of torchrun; cuda is then the GPU of that number. Raises
+    UserError for another name, for a device that this machine does not have, and for cuda:N if
+    there are several processes: all of them would compute on that GPU.
     """
     if name == "auto":
         name = "cpu"
@@ -43,6 +44,10 @@ def resolve_device(name="auto", local_rank=None):
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local_rank or 0)
+        elif local_rank is not None:
+            raise UserError(f"--device {device} names one GPU for all processes of torchrun: give "
+                            "cuda, so that each has its own; CUDA_VISIBLE_DEVICES chooses among "
+                            "them")
         count = torch.cuda.device_count()
         if device.index >= count:
             raise UserError(f"--device {device} is not there: this machine has {count} CUDA "
