@@ -157,8 +157,7 @@ def choose(run, recompute_every=1):
 
 
 def group_size(layout, ranks):
-    """How many ranks gather and reduce together: those that hold one copy of a sharded model, or
-    all."""
+    """How many ranks gather and reduce together: those of one copy of a sharded model, or all."""
     return (layout.shard_ranks or ranks) if layout.shard else ranks
 
 
@@ -300,12 +299,10 @@ def plan(cfg, own, create, argv):
         if own.gpu:
             rate, notes = published_rate(run, choice, flops, gpu)
         else:
-            rate, how = measure_tokens_per_second(
-                create, dataclasses.replace(cfg, batch_size=choice.batch_size,
-                                            recompute=choice.layout.recompute_every > 0),
-                sizes, device, dtype)
-            # processes on a CPU share it
-            rate *= own.gpus if device.type == "cuda" else 1
+            chosen = dataclasses.replace(cfg, batch_size=choice.batch_size,
+                                         recompute=choice.layout.recompute_every > 0)
+            rate, how = measure_tokens_per_second(create, chosen, sizes, device, dtype)
+            rate *= own.gpus if device.type == "cuda" else 1  # processes on a CPU share it
             notes = [how]
         lines += [f"type: {command(argv, choice, own.gpus)}", *time_lines(cfg, rate, own)]
     lines += [disk_line(sizes, cfg), "", *memory_lines(run, cfg.recompute_every)]

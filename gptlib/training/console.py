@@ -32,9 +32,10 @@ class Console:
     """
 
     def __init__(self, run_log, device, world, max_steps, tokens_per_step, flops_per_token,
-                 log_interval=1, start_step=0, tokens_per_byte=None, late=None):
+                 log_interval=1, start_step=0, tokens_per_byte=None, divergence=None, late=None):
         """run_log: a RunLog, or None on all ranks but 0. start_step: the step that a resumed run
-        continues at. tokens_per_byte: of the val split, None if it is not known.
+        continues at. tokens_per_byte: of the val split, None if it is not known. divergence: a
+        loss_watch.Divergence that ends the run, or None.
         """
         self.log, self.device, self.world = run_log, device, world
         self.max_steps, self.tokens_per_step = max_steps, tokens_per_step
@@ -43,6 +44,7 @@ class Console:
         self.late = device.type == "cuda" if late is None else late
         self.pending = None  # the figures of a step that is not reported yet
         self.bad_steps = 0
+        self.divergence = divergence
         self.began, self.first_report = time.perf_counter(), None
         self.steps_done = start_step
         self.bar = tqdm(total=max_steps, initial=start_step, desc="training", unit="step",
@@ -80,6 +82,12 @@ class Console:
         elif earlier:
             self._read_and_report(*earlier)
 
+    @property
+    def is_loss_high(self):
+        """Whether the last reported loss is so high that the run may be diverging. A checkpoint
+        written now may replace the last good one."""
+        return self.divergence is not None and self.divergence.high_steps > 0
+
     def flush(self):
         """Report the pending step, so that whatever is logged next follows in order."""
         if self.pending:
@@ -97,6 +105,25 @@ class Console:
                 f"stopped at step {step}: the gradient norm was not finite ten steps in a row. "
                 "Start again from the last checkpoint with a smaller --max_lr, or look at the "
                 "data")
+        if self.divergence and self.divergence.add(step, loss):
+            self.pending = None
+            raise UserError(self._log_divergence(step, loss))
+
+    def _log_divergence(self, step, loss):
+        """Note in the log that the run has diverged; returns the message for the user."""
+        since, mean = self.divergence.since, self.divergence.mean
+        message = (f"stopped at step {step}: the loss is {loss:.2f}, and since step {since} it has "
+                   f"been far above its running mean of {mean:.2f}. ")
+        good = self.log.last_checkpoint(since) if self.log else None
+        if good:
+            message += (f"The last good checkpoint, {good}, is kept. Go on from there with a "
+                        f"smaller rate: --resume --checkpoint_path {good} --max_lr ..., ")
+        else:
+            message += "Start again with a smaller --max_lr or more --warmup_steps, "
+        message += "or train on with --no-stop_on_divergence"
+        if self.log:
+            self.log.note(step, "diverged", message=message)
+        return message
 
     def _report(self, step, loss, lr, norm, seconds):
         tokens_per_second = self.tokens_per_step / seconds
@@ -141,6 +168,8 @@ class Console:
             shown = f" | {bits['bpb']:.4f} bits per byte"
         print0(f"step {step:5d} | validation loss: {loss:.4f}{shown}")
         self._write(step, "val", loss=loss, **bits)
+        if self.log:
+            self.log.tell_overfitting(step)
 
     def hellaswag(self, step, scores):
         """Report the accuracies that scoring.evaluate returns."""
@@ -179,7 +208,7 @@ class Console:
             self.log.write(step, kind, **values, elapsed=self._elapsed())
 
     def _log_end(self, step, **values):
-        self.log.note(step, "end", elapsed=self._elapsed(), **values)
+        self.log.note(step, "end", max_steps=self.max_steps, elapsed=self._elapsed(), **values)
         self.log.write_report()
 
 

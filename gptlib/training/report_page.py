@@ -38,7 +38,7 @@ def format_report(records, title):
         "## Samples", show_samples(of_kind["samples"], config),
         "## How to run it again", code_block("\n".join(commands)),
         facts_table(facts, config, sessions[0]["time"]),
-        "## Time and cost", time_table(sessions, of_kind["train"], run_seconds(records)),
+        "## Time", time_table(of_kind["train"], run_seconds(records)),
         "## Stops and skipped updates", describe_incidents(sessions, of_kind["train"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -139,8 +139,8 @@ def facts_table(facts, config, begun):
     return table(["", ""], rows)
 
 
-def time_table(sessions, train, seconds):
-    """Wall-clock time, throughput, MFU, memory, and the price if it is known."""
+def time_table(train, seconds):
+    """Wall-clock time, throughput, MFU and memory."""
     rows = [["time, evaluations and lost work included", duration(seconds)],
             ["time in training steps", duration(sum(r["ms"] for r in train) / 1000)]]
     if train:
@@ -153,23 +153,7 @@ def time_table(sessions, train, seconds):
         memory = [r["memory_mib"] for r in train if r.get("memory_mib") is not None]
         if memory:
             rows.append(["GPU memory at most", f"{max(memory):,.0f} MiB"])
-    cost = describe_cost(sessions, seconds)
-    if cost:
-        rows.append(["cost", cost])
     return table(["", ""], rows)
-
-
-def describe_cost(sessions, seconds):
-    """The price of a run of so many seconds, or None if no session had a --dollars_per_hour."""
-    begins = [session.get("seconds_before", 0.0) for session in sessions]
-    prices = [session["config"].get("dollars_per_hour") or 0.0 for session in sessions]
-    if not any(prices):
-        return None
-    cost = 0.0
-    for begin, end, price in zip(begins, [*begins[1:], seconds], prices, strict=True):
-        cost += (end - begin) / 3600 * price
-    shown = ", then ".join(f"${price:,.2f}" for price in dict.fromkeys(prices))
-    return f"${cost:,.2f} at {shown} an hour"
 
 
 def describe_incidents(sessions, train):

@@ -16,7 +16,7 @@ from gptlib.training.report_page import code_block, format_report, table, thin_o
 from gptlib.training.run_log import RunLog
 
 FACTS = dict(
-    config=dict(max_steps=4, total_batch_size=100, dollars_per_hour=36.0, sample_prompt="a | b",
+    config=dict(max_steps=4, total_batch_size=100, sample_prompt="a | b",
                 n_layer=1, n_head=2, n_embd=8, block_size=16, optimizer="adamw", max_lr=1e-3,
                 min_lr=1e-4, data_root="data"),
     command="python train_gpt2.py --sample_prompt 'a | b'", parameters=1234, vocab_size=64,
@@ -66,7 +66,6 @@ def finished(tmp_path):
     ("time in training steps", ["8 s"]),
     ("throughput", ["50 tokens a second"]),
     ("model FLOPs", ["40.0%"]),
-    ("cost", ["$0.50 at $36.00 an hour"]),  # 50 seconds of it
     ("machine", ["8 x NVIDIA H100, bfloat16"]),
     ("model | 1,234", ["1,234 parameters: 1 layers, 2 heads, width 8, context 16, vocabulary 64"]),
 ])
@@ -107,12 +106,12 @@ def test_time_and_stops_of_a_resumed_run(tmp_path):
     assert row_of(text, "time, evaluations")[1] == "55 s"
 
 
-def test_each_session_counts_with_its_own_batch_and_price(tmp_path):
-    """A resume may change both. Two steps of 100 tokens in 20 seconds at $36 an hour, then two of
-    200 tokens in 10 seconds at $3.60: 600 tokens for 20 cents and 1 cent."""
+def test_each_session_counts_with_its_own_batch(tmp_path):
+    """Guards against tokens that are counted with the batch of another session: two steps of 100
+    tokens and two of 200 are 600."""
     with RunLog(tmp_path, None, FACTS) as log:
         write_run(log, range(2))
-    config = {**FACTS["config"], "total_batch_size": 200, "dollars_per_hour": 3.6}
+    config = {**FACTS["config"], "total_batch_size": 200}
     with RunLog(tmp_path, 2, {**FACTS, "config": config, "command": "the second"}) as log:
         log.write(2, "val", loss=4.0, bpb=1.0, elapsed=4.0)
         log.write(4, "val", loss=3.0, bpb=1.0, elapsed=9.0)
@@ -122,7 +121,6 @@ def test_each_session_counts_with_its_own_batch_and_price(tmp_path):
     assert "Finished: step 4 of 4, 600 tokens." in text
     assert row_of(text, "2 | 200")[6] == "24 s"
     assert row_of(text, "4 | 600")[6] == "29 s"
-    assert row_of(text, "cost")[1] == "$0.21 at $36.00, then $3.60 an hour"
     assert f"{FACTS['command']}\nthe second\n" in text
 
 
@@ -211,7 +209,7 @@ def test_markdown_shows_samples_and_cells_as_they_are(tmp_path):
     headings = [cell.content for token, cell in zip(tokens, tokens[1:], strict=False)
                 if token.type == "heading_open"]
     assert headings == [f"Training run {tmp_path.name}", "Results", "Evaluations", "Samples",
-                        "How to run it again", "Time and cost", "Stops and skipped updates"]
+                        "How to run it again", "Time", "Stops and skipped updates"]
 
 
 def test_durations_in_words():
