@@ -9,11 +9,13 @@ Any other text on the Hugging Face Hub, or in a local directory of the same layo
 tokenizer trained on it:
 $ python fineweb.py --dataset wikimedia/wikipedia --name 20231101.ja --tokenizer bpe \
       --vocab_size 32768 --data_root ja
-Your own files (.txt and .md: one document a file; .jsonl, .json.gz and .parquet: one a row):
-$ python fineweb.py --files "books/**/*.txt" --data_root books
+Your own files (.txt and .md: one document a file; .jsonl, .json.gz and .parquet: one a row), into
+another folder than theirs:
+$ python fineweb.py --files "books/**/*.txt" --data_root books_data
 The same with the tokenizer of a checkpoint (or of another dataset, or of a Hugging Face directory),
 to fine-tune that model:
-$ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt --data_root tuning
+$ python fineweb.py --files "books/**/*.txt" --tokenizer log/latest_checkpoint.pt \
+      --data_root books_finetune
 The functions of the Python standard library, about 4 MB that every installation carries:
 $ python fineweb.py --source stdlib --tokenizer bpe --vocab_size 4096 --data_root stdlib
 A part of a large source, here its first billion tokens as far as whole documents go:
@@ -24,7 +26,7 @@ $ python fineweb.py --merge --data_root edu_fineweb350B
 The first billion of FineWeb-Edu's tokens, which others have tokenized already:
 $ python fineweb.py --ready fineweb-edu-100B --max_tokens 1000000000
 Check that no byte of the shards has changed since they were written:
-$ python fineweb.py --verify --data_root books
+$ python fineweb.py --verify --data_root books_data
 
 Every document begins with <|endoftext|>, an empty one too. Shard 0 is validation. A corpus smaller
 than two shards is put in a seeded order first, and the last --val_fraction of its tokens is
