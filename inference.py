@@ -208,7 +208,7 @@ def export_checkpoint(config):
     if config.quantize != "none":
         raise UserError(f"--quantize {config.quantize} is for sampling: leave it out of an export "
                         "(a file name-q8_0.gguf holds 8 bits)")
-    is_gguf = config.export.endswith(".gguf")
+    is_gguf = config.export.lower().endswith(".gguf")
     if is_gguf:
         if config.dtype != "auto":
             raise UserError(f"--dtype is {config.dtype}: the name of a .gguf file tells its type, "
@@ -217,7 +217,7 @@ def export_checkpoint(config):
     dtype = "float32" if config.dtype == "auto" else config.dtype
     model = load_model_from_checkpoint(config.checkpoint_path, "cpu", dtype)
     if is_gguf:
-        export_gguf(model.config, model.state_dict(), model.tokenizer, config.export, gguf_dtype)
+        export_gguf(model, model.tokenizer, config.export, gguf_dtype)
     else:
         model.save_pretrained(config.export)
     log(f"exported {config.checkpoint_path} to {config.export}")

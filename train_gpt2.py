@@ -222,7 +222,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory, tokenizer=None):
         """Write a new directory from which `transformers` loads the model with equal logits."""
-        export_model(self.config, self.state_dict(), tokenizer or self.tokenizer, directory)
+        export_model(self, tokenizer or self.tokenizer, directory)
 
 
 def count_parameters(model):

@@ -102,11 +102,24 @@ def atomic_write(path, write):
 
 
 def write_synced(path, write):
-    """Write a file through write(f), f a binary file, and wait until it is on the disk."""
-    with open(path, "wb") as f:
+    """Write a new file through write(f), f a binary file, and wait until it is on the disk.
+
+    What has the name goes first: it is what a killed process left, or a link through which another
+    file would be written.
+    """
+    remove_leftover(path)
+    with open(path, "xb") as f:  # x: a name that appeared meanwhile is an error
         write(f)
         f.flush()
         os.fsync(f.fileno())
+
+
+def remove_leftover(path):
+    """Remove a file, a link or a folder, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def crc32_of_file(path):
@@ -146,7 +159,7 @@ def atomic_directory(path):
     if path.exists() and not is_empty:
         raise UserError(f"{path} is there already: choose another name, or remove it")
     try:
-        shutil.rmtree(tmp, ignore_errors=True)  # a killed process may have left it
+        remove_leftover(tmp)
         tmp.mkdir(parents=True)
         yield tmp
         for file in tmp.iterdir():

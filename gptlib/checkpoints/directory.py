@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadat
 from torch.distributed.tensor import DTensor
 
 from gptlib.checkpoints.verified_file import describe_failure, load_without_executing
-from gptlib.common import UserError, crc32_of_file, first_line, sync_directory, write_synced
+from gptlib.common import (UserError, crc32_of_file, first_line, remove_leftover, sync_directory,
+                           write_synced)
 from gptlib.distributed import map_named
 
 STATE, CHECKSUMS, METADATA = "state.pt", "checksums.json", ".metadata"
@@ -158,8 +159,7 @@ def split_sharded(state):
 
 def make_empty(folder):
     """Make an empty directory; what a killed process left there is removed."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove_leftover(folder)
     folder.mkdir(parents=True)
 
 
@@ -167,7 +167,7 @@ def remove_directory(path):
     """Remove a checkpoint directory. It loses its name first: what has the name is always whole.
     """
     leaving = path.with_name(path.name + ".removed")
-    shutil.rmtree(leaving, ignore_errors=True)
+    remove_leftover(leaving)
     os.replace(path, leaving)
     shutil.rmtree(leaving)
 

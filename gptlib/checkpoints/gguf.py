@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptlib.checkpoints.huggingface import to_transformers
 from gptlib.common import UserError, atomic_write, import_optional
 from gptlib.data.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, check_vocabulary
 
@@ -37,19 +38,21 @@ def check_dtype(dtype):
                         "and let llama.cpp's llama-quantize make other types of it")
 
 
-def export_gguf(config, state, tokenizer, path, dtype="f16"):
+def export_gguf(model, tokenizer, path, dtype="f16"):
     """Write the model and its tokenizer as one GGUF file, whole or not at all.
 
-    config: a GPTConfig; state: the model's state dict; tokenizer: its tiktoken.Encoding; dtype:
-    the type of the matrices, f16, bf16 or q8_0 (8 bits, and a scale for every 32 weights). Biases,
-    layer norms and positions stay in float32. Rows of the embedding past the tokenizer's ids are
-    cut. Raises UserError if llama.cpp would compute something else than this model or split text
-    into other tokens, or if the file can't be written.
+    tokenizer: the model's tiktoken.Encoding; dtype: the type of the matrices, f16, bf16 or q8_0 (8
+    bits, and a scale for every 32 weights). Biases, layer norms and positions stay in float32. Rows
+    of the embedding past the tokenizer's ids are cut. The file's folder is made. Raises UserError
+    if llama.cpp would compute something else than this model or split text into other tokens, or
+    if the file can't be written.
     """
     check_dtype(dtype)
-    check_model(config, tokenizer)
+    check_model(model.config, tokenizer)
     merges = derive_merges(tokenizer._mergeable_ranks)
     gguf = import_optional("gguf")
+    to_transformers(model, tokenizer.n_vocab)  # raises UserError for a model that is not GPT-2
+    config, state = model.config, model.state_dict()
     tensors = list_tensors(config, state, tokenizer.n_vocab, dtype)
 
     writer = gguf.GGUFWriter(None, "gpt2")
@@ -75,7 +78,16 @@ def export_gguf(config, state, tokenizer, path, dtype="f16"):
             f.write(quantize(name, weight, qtype).data)
         writer.write_padding(f, f.tell())
 
+    make_folder_of(path)
     atomic_write(path, write)
+
+
+def make_folder_of(path):
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def check_model(config, tokenizer):

@@ -1,5 +1,6 @@
 """GPT-2 models from and to Hugging Face."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from gptlib.data.tokenizer import export_tokenizer, find_tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_ROWS = 50257
+ROUNDING = 1e-3  # of the largest logit: by how much two programs may differ in float32
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "meta.json")
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of older GPT-2s, no weights
 # Hugging Face keeps these as Conv1D, the transpose of nn.Linear
@@ -168,24 +170,46 @@ def check_plain_gpt2(name, config):
                             f"expected {values[0]}")
 
 
-def export_model(config, state, tokenizer, directory):
+# -----------------------------------------------------------------------------
+# export
+
+
+def export_model(model, tokenizer, directory):
     """Write a new directory from which `transformers` loads model and tokenizer, with equal logits
     and greedy text.
 
-    config: a GPTConfig; state: the model's state dict. Rows of the embedding past the tokenizer's
-    ids are cut. Raises UserError if the directory can't be written, or exists already.
+    Rows of the embedding past the tokenizer's ids are cut. Raises UserError if the model computes
+    something else than GPT-2, or if the directory can't be written, or exists already.
     """
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    n_vocab = tokenizer.n_vocab if tokenizer else config.vocab_size
+    n_vocab = tokenizer.n_vocab if tokenizer else model.config.vocab_size
     eot = tokenizer.eot_token if tokenizer else None
-    hf = empty_transformers_model(config, n_vocab, eot)
-    hf.load_state_dict(to_transformers_state(state, hf, n_vocab), assign=True)
-    hf.tie_weights()
+    hf = to_transformers(model, n_vocab, eot)
     with atomic_directory(directory) as folder:
         hf.save_pretrained(folder)
         if tokenizer:
-            export_tokenizer(tokenizer, folder, config.block_size)
+            export_tokenizer(tokenizer, folder, model.config.block_size)
+
+
+def to_transformers(model, n_vocab, eot=None):
+    """transformers' GPT-2 with the weights of a GPT, and equal logits.
+
+    Raises UserError if the logits differ: the model's code was changed, and in transformers or
+    llama.cpp it would be another model.
+    """
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    dtype = model.lm_head.weight.dtype
+    ours = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    hf = empty_transformers_model(model.config, n_vocab, eot)
+    state = to_transformers_state(ours.state_dict(), hf, n_vocab, model.config.bias)
+    try:
+        hf.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # a layer of another width
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"cannot export the model, since it is not plain GPT-2: {reason}") from error
+    hf.tie_weights()
+    require_same_logits(ours, hf.eval(), n_vocab)
+    return hf.to(dtype)
 
 
 def empty_transformers_model(config, n_vocab, eot):
@@ -207,15 +231,42 @@ def empty_transformers_model(config, n_vocab, eot):
         ))
 
 
-def to_transformers_state(state, hf, n_vocab):
-    """Our state dict with transformers' layout, its padded vocabulary cut to n_vocab."""
+def to_transformers_state(state, hf, n_vocab, bias):
+    """Our state dict with transformers' layout, its padded vocabulary cut to n_vocab.
+
+    Without bias, biases are zeros: transformers has no GPT-2 without them, and it is the same
+    function. Raises UserError for any other difference.
+    """
     ours = {}
     for key, tensor in state.items():
         ours[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
     head = state["lm_head.weight"][:n_vocab]
     ours["transformer.wte.weight"] = ours["lm_head.weight"] = head
-    # transformers has no GPT-2 without biases: zeros are the same function
-    for key, tensor in hf.state_dict().items():
-        if key not in ours:
-            ours[key] = torch.zeros(tensor.shape)
-    return {key: ours[key] for key in hf.state_dict()}
+    theirs = hf.state_dict()
+    for key, tensor in theirs.items():
+        if key not in ours and key.endswith(".bias") and not bias:
+            ours[key] = torch.zeros(tensor.shape, device=head.device)
+    different = sorted(ours.keys() ^ theirs.keys())
+    if different:
+        has = "has a" if different[0] in ours else "has no"
+        raise UserError(f"cannot export the model, since it is not plain GPT-2: it {has} "
+                        f"{different[0]}")
+    return {key: ours[key] for key in theirs}
+
+
+@torch.no_grad()
+def require_same_logits(model, hf, n_vocab):
+    """Raise UserError unless both models have the same logits, but for rounding, for some tokens.
+    """
+    length = min(model.config.block_size, 64)
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(n_vocab, (2, length), generator=generator).to(model.lm_head.weight.device)
+    was_training = model.training
+    expected = model.eval()(idx)[0][..., :n_vocab]  # (2, T, n_vocab)
+    model.train(was_training)
+    if not expected.isfinite().all():
+        raise UserError("cannot export the model: its logits are not finite")
+    difference = (hf(idx).logits - expected).abs().max().item()
+    if difference > ROUNDING * expected.abs().max().item():
+        raise UserError("cannot export the model: its code computes something else than GPT-2, so "
+                        f"in other programs its logits would differ by {difference:.2g}")

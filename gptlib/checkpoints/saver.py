@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from gptlib.checkpoints.directory import DirectoryWriter, remove_directory
-from gptlib.common import UserError, atomic_write, print0
+from gptlib.checkpoints.verified_file import directory_identity
+from gptlib.common import UserError, atomic_write, print0, remove_leftover
 from gptlib.distributed import World, any_rank, map_leaves, share_from_rank0, whole
 
 CHECKPOINT_VERSION = 1  # a program that knows only lower ones refuses the checkpoint
+LATEST = "latest_checkpoint.pt"
 
 # -----------------------------------------------------------------------------
 # the files of a log directory
@@ -65,14 +67,30 @@ def remove_checkpoint(path):
 
 def update_latest(path):
     """Let latest_checkpoint.pt, beside the checkpoint at `path`, stand for that one."""
-    latest = path.with_name("latest_checkpoint.pt")
     link = path.with_name("latest_checkpoint.tmp")
-    link.unlink(missing_ok=True)
+    remove_leftover(link)
     try:
         link.symlink_to(path.name)
     except OSError:  # Windows, some network drives
-        shutil.copyfile(path, link)
-    os.replace(link, latest)
+        with open(path, "rb") as source, open(link, "xb") as target:
+            shutil.copyfileobj(source, target)
+    os.replace(link, path.with_name(LATEST))
+
+
+def tidy(log_dir):
+    """Let latest_checkpoint.pt name the newest checkpoint, since later ones may have been moved
+    away, and remove what killed processes left of checkpoints that they wrote or removed."""
+    for pattern in ("model_*.pt.tmp", "model_*.pt.removed"):
+        for path in Path(log_dir).glob(pattern):
+            remove_leftover(path)
+    latest, checkpoints = Path(log_dir) / LATEST, list_checkpoints(log_dir)
+    if not checkpoints:
+        latest.unlink(missing_ok=True)
+    elif latest.is_symlink():
+        if os.readlink(latest) != checkpoints[0].name:
+            update_latest(checkpoints[0])
+    elif directory_identity(latest) != directory_identity(checkpoints[0]):
+        update_latest(checkpoints[0])
 
 
 def copy_to_host(state, keep=True):
@@ -108,7 +126,7 @@ def require_shared_disk(folder, world):
     probe = Path(folder) / f".shared_{share_from_rank0(os.getpid(), world)}"
     if world.rank == 0:
         with contextlib.suppress(OSError):  # on a full disk nobody sees it, which tells nothing
-            probe.touch()
+            probe.touch(exist_ok=False)  # a link of that name is not followed
     is_there = share_from_rank0(probe.exists(), world)
     is_missing = any_rank(is_there and not probe.exists(), world)
     if world.rank == 0:
@@ -129,6 +147,9 @@ class Saver:
     def __init__(self, log_dir, keep, world=World(), as_directory=False):
         self.log_dir, self.keep, self.world = log_dir, keep, world
         self.thread, self.writing = ThreadPoolExecutor(1), None
+        if world.rank == 0:
+            with contextlib.suppress(OSError):  # the first save will say what is wrong
+                tidy(log_dir)
         if as_directory:
             require_shared_disk(log_dir, world)
         # the threads that write talk to each other while training does: on a group of their own

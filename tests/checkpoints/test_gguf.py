@@ -61,7 +61,7 @@ def make_model(tokenizer, bias=True, std=0.3, n_embd=32, gelu="tanh"):
 
 
 def export(model, tokenizer, path, dtype="f16"):
-    export_gguf(model.config, model.state_dict(), tokenizer, path, dtype)
+    export_gguf(model, tokenizer, path, dtype)
     return path
 
 
@@ -178,6 +178,28 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(tmp_path, bpe):
     with pytest.raises(UserError, match="not finite"):
         export(large, bpe, path, "q8_0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_the_file_is_made(tmp_path, bpe):
+    """Guards against an export into a new folder that fails for a file, though not for Hugging
+    Face's directory."""
+    export(make_model(bpe), bpe, tmp_path / "a" / "b" / "m.gguf")
+    assert (tmp_path / "a" / "b" / "m.gguf").exists()
+
+
+def test_a_changed_model_is_not_exported(tmp_path, bpe):
+    """Guards against a GGUF file of a model with ReLU^2, which llama.cpp runs as if it had GELU."""
+    model = make_model(bpe)
+    for block in model.transformer.h:
+        block.mlp.gelu = Square()
+    with pytest.raises(UserError, match="its code computes something else than GPT-2"):
+        export(model, bpe, tmp_path / "a" / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Square(torch.nn.ReLU):
+    def forward(self, x):
+        return super().forward(x).square()
 
 
 def test_a_token_out_of_reach_of_merges_is_refused():

@@ -251,6 +251,78 @@ def test_export_from_the_command_line(bpe, checkpoint, tmp_path, monkeypatch):
                 "--export", tmp_path / "to" / "hf")
 
 
+def test_a_file_in_capitals_is_gguf(checkpoint, tmp_path, monkeypatch):
+    """Guards against a Hugging Face directory of the name x.GGUF."""
+    with pytest.raises(UserError, match="a GGUF file can't express how it splits text"):
+        main_of(monkeypatch, inference, "--checkpoint_path", checkpoint,
+                "--export", tmp_path / "x.GGUF")
+
+
+class Rotary(train_gpt2.CausalSelfAttention):
+    """Attention whose queries and keys are turned by their position."""
+
+    def forward(self, x, attention):
+        return super().forward(x, Turned(attention))
+
+
+class Turned:
+    """An attention that turns queries and keys before another one computes with them."""
+
+    def __init__(self, attention):
+        self.attention = attention
+
+    def attend(self, layer, q, k, v, dropout_p):
+        return self.attention.attend(layer, turn(q), turn(k), v, dropout_p)
+
+
+def turn(x):
+    angle = torch.arange(x.size(2))[:, None] / 10
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+
+
+def use_relu_squared(model):
+    for block in model.transformer.h:
+        block.mlp.gelu = torch.nn.ReLU()
+
+
+def use_rms_norm(model):
+    for block in model.transformer.h:
+        block.ln_1 = torch.nn.RMSNorm(32)
+
+
+def use_rotary(model):
+    for block in model.transformer.h:
+        block.attn.__class__ = Rotary
+
+
+def use_wide_layers(model):
+    for block in model.transformer.h:
+        block.mlp.c_fc = torch.nn.Linear(32, 96, bias=block.mlp.c_fc.bias is not None)
+        block.mlp.c_proj = torch.nn.Linear(96, 32, bias=block.mlp.c_proj.bias is not None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("change, message", [
+    (use_relu_squared, "its code computes something else than GPT-2, so in other programs"),
+    (use_rms_norm, "no plain|it has no transformer.h.0.ln_1.bias|computes something else"),
+    (use_rotary, "its code computes something else than GPT-2, so in other programs"),
+    (use_wide_layers, "it is not plain GPT-2: size mismatch"),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_changed_model_is_not_exported(bpe, tmp_path, bias, change, message):
+    """Guards against an export that says that it has worked, of a model which transformers then
+    computes otherwise: missing tensors were filled with zeros, and the activation was a constant.
+    """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(48, 704, 2, 2, 32, bias=bias))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    change(model)
+    with pytest.raises(UserError, match=message):
+        model.save_pretrained(tmp_path / "hf", bpe)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [
     OSError(28, "No space left on device"), KeyboardInterrupt(),
     SafetensorError("I/O error: No space left on device (os error 28)")])
