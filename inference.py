@@ -68,6 +68,11 @@ def load_for_sampling(path, device=None, dtype=None, quantize=None):
     Raises UserError for what cannot be loaded.
     """
     check_quantize("quantize", quantize)
+    if str(path) == DEFAULT_CHECKPOINT and not os.path.lexists(path):
+        raise UserError(f"no checkpoint {DEFAULT_CHECKPOINT!r} here yet. Train a small model in a few "
+                        "minutes: python train_gpt2.py --preset demo\n"
+                        "or name a checkpoint, or a GPT-2 such as gpt2: --checkpoint_path "
+                        "(serve.py: --model_checkpoint)")
     device = resolve_device(str(device or "auto"))
     if not isinstance(dtype, torch.dtype):
         dtype = resolve_dtype(dtype or "auto", device)
@@ -190,12 +195,16 @@ def parse_command_line():
 
 
 def read_prompt(prompt):
-    """The text that --prompt stands for: itself, the contents of FILE:path, or stdin for -."""
+    """The text that --prompt stands for: itself, the contents of FILE:path, or stdin for -.
+
+    A byte order mark is dropped, and the newline with which editors end a file.
+    """
     try:
         if prompt == "-":
-            return sys.stdin.buffer.read().decode()
+            return sys.stdin.buffer.read().decode("utf-8-sig")
         if prompt.startswith("FILE:"):
-            return Path(prompt.removeprefix("FILE:")).read_bytes().decode()
+            text = Path(prompt.removeprefix("FILE:")).read_bytes().decode("utf-8-sig")
+            return text.removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise UserError(f"--prompt {prompt}: {error.strerror}") from error
     except UnicodeDecodeError as error:

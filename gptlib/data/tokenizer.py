@@ -122,7 +122,7 @@ def load_gpt2():
 def encode_text(enc, text):
     """The token ids of a text. Raises UserError if the tokenizer cannot encode it.
 
-    tiktoken then panics, with an exception that is no Exception: at a run of a million spaces, which
+    tiktoken then panics (which is no Exception): at a run of a million spaces, which
     overflows the stack of its regex, or at a byte for which the tokenizer has no token.
     """
     try:

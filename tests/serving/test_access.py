@@ -118,7 +118,7 @@ def test_pages_of_allowed_origins_may_ask(behind_proxy, server):
     assert "Origin" in models.headers["Vary"]
 
 
-def test_a_server_with_a_key_tells_strangers_no_text_and_answers_preflights(home):
+def test_a_key_hides_the_prompt_and_allows_preflights(home):
     """Guards against a prompt of the training text for everybody, and a browser that needs the key
     before it may send it.
     """

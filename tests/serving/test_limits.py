@@ -62,7 +62,7 @@ def is_closed(s):
 
 
 @pytest.mark.parametrize("prompt", [[" " * 1040000], ["a", " " * 1040000], [[1] * 40000]])
-def test_a_long_prompt_in_a_list_is_refused_before_it_is_encoded(server, prompt):
+def test_a_long_prompt_is_refused_before_encoding(server, prompt):
     """Guards against a text that overflows the stack of the tokenizer: its panic passed every
     handler, and the connection was lost.
     """
@@ -71,7 +71,7 @@ def test_a_long_prompt_in_a_list_is_refused_before_it_is_encoded(server, prompt)
     assert "a prompt in the list is too long" in response.json()["error"]["message"]
 
 
-def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_of_its_sender(home):
+def test_a_text_that_cannot_be_encoded_is_400(home):
     """Guards against a panic of tiktoken, which is no Exception, where the limit allows long texts.
     """
     limits = dict(MAX_PROMPT_LENGTH=str(2**20), MAX_BODY_SIZE=str(2**21))
@@ -162,7 +162,7 @@ http_server.OUTPUT_BYTES = 10**5  # the thread of the answer waits for its clien
         assert others.status_code == 200, others.text
 
 
-def test_a_connection_whose_output_makes_no_progress_is_closed(impatient, stalled):
+def test_output_without_progress_closes_a_connection(impatient, stalled):
     """Guards against a connection, and its output, that are kept for a client that never reads."""
     stalled.connect(("127.0.0.1", impatient.port))
     send_post(stalled, "/v1/completions", **LARGE)

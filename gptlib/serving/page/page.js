@@ -66,6 +66,15 @@ function readSettings() {
   return body;
 }
 
+// The server's errors are JSON. A proxy in front of it answers with a page of its own.
+async function errorMessage(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `status ${response.status} ${response.statusText}: a proxy answered, not the server`;
+  }
+}
+
 async function requestStream(body, signal) {
   const headers = {"Content-Type": "application/json"};
   if (element("key").value) {
@@ -74,7 +83,7 @@ async function requestStream(body, signal) {
   const response = await fetch("generate", {
     method: "POST", headers, body: JSON.stringify(body), signal});
   if (!response.ok) {
-    throw new Error((await response.json()).error.message);
+    throw new Error(await errorMessage(response));
   }
   return response;
 }
