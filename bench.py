@@ -21,6 +21,8 @@ $ python bench.py growth --picture growth.png
 $ python bench.py processes
 The first ten minutes on a GPU, with a table for the README; a part that fails does not end it:
 $ python bench.py gpu --out FOLDER
+The first ten minutes on several GPUs; without GPUs a rehearsal on two processes:
+$ python bench.py several_gpus
 
 What a token teaches, Muon beside AdamW (docs/learning.md); hours, it continues if stopped:
 $ python bench.py learning --data_root DATASET --out FOLDER
@@ -47,6 +49,7 @@ from benches.peers import peer_classes
 from benches.processes import bench_processes
 from benches.samples import bench_samples
 from benches.serving import bench_serve
+from benches.several_gpus import bench_several_gpus
 from benches.start import bench_start
 from benches.tokenizing import bench_tokenize
 from benches.training import bench_train
@@ -61,14 +64,15 @@ BENCHES = dict(floors=bench_floors, train=bench_train, decode=bench_decode, serv
                tokenize=bench_tokenize, hellaswag=bench_hellaswag, checkpoint=bench_checkpoint,
                start=bench_start, growth=bench_growth, processes=bench_processes)
 # not part of `all`: they need a folder, a dataset or a checkpoint, and some of them hours
-ALONE = dict(gpu=bench_gpu, learning=bench_learning, samples=bench_samples)
+ALONE = dict(gpu=bench_gpu, several_gpus=bench_several_gpus, learning=bench_learning,
+             samples=bench_samples)
 
 
 def make_parser():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("what", choices=(*BENCHES, *ALONE, "all"),
-        help="all: everything but gpu, learning and samples")
+        help="all: everything but gpu, several_gpus, learning and samples")
     add("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -160,7 +164,8 @@ def main():
     results = run_benches(args)
     print(json.dumps(dict(bench=args.what, torch=torch.__version__,
                           threads=torch.get_num_threads(), results=results)))
-    failed = results.get("gpu", {}).get("failed")
+    failed = [name for what in ("gpu", "several_gpus")
+              for name in results.get(what, {}).get("failed", ())]
     if failed:
         raise UserError(f"{len(failed)} parts failed: {', '.join(failed)}")
 

@@ -514,6 +514,7 @@ def train(cfg, start=Start(), world=distributed.World()):
 
     # data
     data = open_dataset(cfg.data_root, cfg.block_size, cfg.seed, cfg.shuffle, cfg.dev)
+    parallel.check_same_run(asdict(cfg), data, world)
     tokenizer = data.tokenizer
     hellaswag = scoring.load_for_training(cfg.hellaswag_data, cfg.hellaswag_examples, tokenizer,
                                           cfg.block_size, world)
@@ -534,8 +535,7 @@ def train(cfg, start=Start(), world=distributed.World()):
     batch_size = cfg.batch_size or memory.choose_batch_size(
         raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)
 
-    # The compiled, distributed model trains. The raw model shares its weights, and is evaluated,
-    # sampled from and saved.
+    # the compiled, distributed model trains; the raw one shares its weights and does the rest
     model = parallel.train_with(raw_model, layout, device, world)
     trainer = Trainer(model, optimizers, scaler, autocast, device, cfg.total_batch_size,
                       cfg.grad_clip, world)
@@ -547,7 +547,7 @@ def train(cfg, start=Start(), world=distributed.World()):
     as_directory = cfg.shard and count_parameters(raw_model) > cfg.largest_file
     saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
     with (log, saver, contextlib.closing(micro_batches),
-          distributed.StopSignal(world) as stop_signal):
+          distributed.StopSignal(world, log.stop_waiting) as stop_signal):
         while True:
             last_step = step == cfg.max_steps
             # if any rank was signalled, all stop at this step, before an evaluation begins
@@ -565,7 +565,7 @@ def train(cfg, start=Start(), world=distributed.World()):
                         raw_model, hellaswag, tokenizer, evaluator, world.rank, world.size))
                 if step > 0:
                     log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
-                log.draw()
+                saver.thread.submit(log.draw)
 
             # once in a while write a checkpoint
             due = step % cfg.checkpoint_interval == 0 or last_step or stop
@@ -603,7 +603,7 @@ def main():
     # settings are known.
     early = ("resume", "auto_resume", "checkpoint_path")
     TrainConfig(**{name: value for name, value in flags.items() if name in early})
-    with distributed.join() as world:
+    with distributed.join(flags.get("device", "auto")) as world:
         start = load_start(flags, world, [field.name for field in dataclasses.fields(TrainConfig)])
         cfg = TrainConfig(**{**start.settings, **flags})
         if start.step >= cfg.max_steps:

@@ -118,6 +118,11 @@ class FakeEvent:
     def synchronize(self):
         self.cuda.note("synchronize", torch.device("cuda", self.cuda.current))
 
+    def query(self):
+        """Whether the device has reached this event."""
+        self.cuda.note("query", torch.device("cuda", self.cuda.current))
+        return True
+
     def elapsed_time(self, end):
         """Milliseconds from this event to another."""
         self.cuda.note("elapsed", torch.device("cuda", self.cuda.current))

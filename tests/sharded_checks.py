@@ -60,6 +60,7 @@ def steps_of_muon(optimizer, params, place):
         for p, shape in zip(params, SHAPES, strict=True):
             p.grad = place(torch.randn(shape, generator=generator))
         optimizer.step()
+    optimizer.state_dict()  # sends each momentum from its owner to the other ranks
     momenta = [optimizer.state[p]["momentum_buffer"] for p in params]
     return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in [*params, *momenta]]
 

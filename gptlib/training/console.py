@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from gptlib.common import UserError, duration, first_line, print0
 from gptlib.runtime import device_name, git_commit, peak_flops
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
+WAIT_AFTER_SIGNAL = 2.0  # seconds that the device has at least for a step that it has begun
 
 
 # -----------------------------------------------------------------------------
@@ -45,6 +47,8 @@ class Console:
         self.pending = None  # the figures of a step that is not reported yet
         self.bad_steps = 0
         self.divergence = divergence
+        self.signalled = False
+        self.step_seconds = 20.0  # of the last step; of the first it is not known
         self.began, self.first_report = time.perf_counter(), None
         self.steps_done = start_step
         self.bar = tqdm(total=max_steps, initial=start_step, desc="training", unit="step",
@@ -58,12 +62,17 @@ class Console:
             self.flush()
         else:
             with contextlib.suppress(Exception):  # the first error is the one to tell
-                self.flush()
+                if self.pending and has_passed(self.pending[-1]):  # else it may never end
+                    self.flush()
         self.bar.close()
         if self.log:
             if error_type:
                 self._log_end(self.steps_done, error=first_line(error))
             self.log.close()
+
+    def stop_waiting(self):
+        """From now on, don't wait long for the device. A signal handler calls this."""
+        self.signalled = True
 
     def step_begins(self):
         """Note when a step begins."""
@@ -95,7 +104,8 @@ class Console:
             self._read_and_report(*pending)
 
     def _read_and_report(self, step, loss, lr, norm, began, ended):
-        seconds = seconds_between(began, ended)  # also waits until the copies have arrived
+        self._wait_for(ended)
+        seconds = self.step_seconds = seconds_between(began, ended)
         loss, norm = loss.item(), norm.item()
         self._report(step, loss, lr, norm, seconds)
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
@@ -124,6 +134,22 @@ class Console:
         if self.log:
             self.log.note(step, "diverged", message=message)
         return message
+
+    def _wait_for(self, mark):
+        """Wait until the device has reached a time mark.
+
+        By polling: Python handles no signal while the process waits inside of CUDA. After a signal
+        three steps' time is enough. If it is not, another rank is gone and the device waits for it:
+        raises DistError.
+        """
+        end = math.inf
+        while not has_passed(mark):
+            if self.signalled and self.world.size > 1:
+                wait = max(WAIT_AFTER_SIGNAL, 3 * self.step_seconds)
+                end = min(end, time.monotonic() + wait)
+                if time.monotonic() > end:
+                    raise dist.DistError(f"no step ended within {wait:.0f} s of the signal")
+            time.sleep(0.001)
 
     def _report(self, step, loss, lr, norm, seconds):
         tokens_per_second = self.tokens_per_step / seconds
@@ -221,11 +247,15 @@ def time_mark(device):
     return event
 
 
+def has_passed(mark):
+    """Whether the device has reached a time mark."""
+    return isinstance(mark, float) or mark.query()
+
+
 def seconds_between(first, second):
-    """Seconds between two time marks; waits until the device has reached the second one."""
+    """Seconds between two time marks that have passed."""
     if isinstance(second, float):
         return second - first
-    second.synchronize()
     return first.elapsed_time(second) / 1000
 
 
@@ -257,7 +287,7 @@ def describe_command():
     """The command line of this run as one would type it again, torchrun included."""
     environment = os.environ
     command = "python"
-    if "RANK" in environment:
+    if environment.get("RANK"):
         hosts = environment.get("GROUP_WORLD_SIZE", "1")
         command = "torchrun --standalone" if hosts == "1" else f"torchrun --nnodes={hosts}"
         command += f" --nproc_per_node={environment.get('LOCAL_WORLD_SIZE', '1')}"

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gptlib.common import UserError
+from gptlib.distributed import World
 from gptlib.runtime import preserved_rng
 
 # Bytes that a block keeps for each token and channel until its backward pass, under autocast to 16
@@ -217,8 +218,10 @@ def find_batch_size(model, total_batch_size, device, autocast, world):
     """
     batch_size = most_needed(model.config.block_size, total_batch_size, world)
     with preserved_rng(device):
-        while batch_size > 1 and not fits(model, batch_size, device, autocast):
+        while batch_size > 1 and not fits(model, batch_size, device, autocast, world):
             batch_size //= 2
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # NCCL takes its memory beside torch's
     return smallest_of_all(batch_size, world)
 
 
@@ -237,8 +240,9 @@ def smallest_of_all(batch_size, world):
     return batch_size
 
 
-def fits(model, batch_size, device, autocast):
-    """Whether a training step of batch_size sequences fits into the memory of the device."""
+def fits(model, batch_size, device, autocast, world=World()):
+    """Whether a training step of batch_size sequences fits into the memory of the device, beside
+    AdamW's two moments and, if there are several processes, DDP's buckets."""
     block_size = model.config.block_size
     if device.type == "cpu":
         # A CPU raises no error that could be caught, the system kills the process. So the bytes are
@@ -247,12 +251,13 @@ def fits(model, batch_size, device, autocast):
         needed = activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
         return needed < free_host_memory() / 2
     try:
-        adamw_state = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        copies = 2 if world.size == 1 else 3
+        held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
         idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
         with autocast:
             _, loss = model(idx, idx)
         loss.backward()
-        del adamw_state
+        del held
         return True
     except RuntimeError as e:
         if not is_out_of_memory(e):

@@ -43,8 +43,9 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon divided among processes; the updates equal those of one process.
 
     Its state and state dict are those of torch.optim.Muon: a momentum buffer like each parameter.
-    As in torch's fused optimizers, a step changes nothing if the tensor `found_inf` is not 0. The
-    device decides that, and the host does not wait.
+    Under DDP a rank keeps up the momenta of its own matrices alone. As in torch's fused optimizers,
+    a step changes nothing if the tensor `found_inf` is not 0. The device decides that, and the host
+    does not wait.
     """
 
     _step_supports_amp_scaling = True
@@ -65,38 +66,71 @@ class Muon(torch.optim.Muon):
             for part in parts(params):
                 self._update(params[part], gradients[part], momenta[part], group)
 
+    def state_dict(self):
+        """The state of all matrices, on every rank. Collective: every process calls it."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if "momentum_buffer" in self.state.get(p, ())]
+            for p, owner in zip(params, self._owners(params), strict=True):
+                if owner is not None:
+                    dist.broadcast(self.state[p]["momentum_buffer"], src=owner)
+        return super().state_dict()
+
+    def _owners(self, params):
+        """Under DDP the rank that iterates on each matrix; None if all ranks have a part in it."""
+        if not params or self.world.size == 1 or isinstance(params[0], DTensor):
+            return [None] * len(params)
+        return assign_owners(params, self.world.size)
+
     def _update(self, params, gradients, momenta, group):
         """Update some of the parameters of a group."""
+        owners = self._owners(params)
         directions = []
-        for gradient, momentum in zip(gradients, momenta, strict=True):
-            momentum = local(momentum)
-            gradient = self._unless_bad(local(gradient), momentum)
+        for gradient, momentum, owner in zip(gradients, momenta, owners, strict=True):
+            if owner not in (None, self.world.rank):
+                continue
+            gradient, momentum = local(gradient), local(momentum)
+            if self.found_inf is not None:
+                gradient = torch.where(self.found_inf > 0, momentum, gradient)
             momentum.lerp_(gradient, 1 - group["momentum"])
             direction = gradient.lerp(momentum, group["momentum"])  # Nesterov's momentum
             # bfloat16 is half the bytes to send, and most devices iterate in it anyway
             directions.append(direction.bfloat16())
-        updates = self._orthogonalize(params, directions, group)
+        updates = self._orthogonalize(params, directions, owners, group)
+        decay = self._unless_bad(1 - group["lr"] * group["weight_decay"], 1)
+        torch._foreach_mul_([local(p) for p in params], decay)
         for p, update in zip(params, updates, strict=True):
             lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
-            decayed = local(p).mul(1 - group["lr"] * group["weight_decay"])
-            local(p).copy_(self._unless_bad(decayed.add_(update, alpha=-lr), local(p)))
+            local(p).add_(update, alpha=-lr)
 
-    def _unless_bad(self, new, old):
-        """`new`, or `old` if this step is skipped."""
-        return new if self.found_inf is None else torch.where(self.found_inf > 0, old, new)
+    def _unless_bad(self, number, otherwise):
+        """A number, or the other one if this step is skipped: then in a tensor on the device."""
+        if self.found_inf is None:
+            return number
+        is_bad = self.found_inf.reshape(()) > 0
+        numbers = (torch.full((), n, device=is_bad.device) for n in (otherwise, number))
+        return torch.where(is_bad, *numbers)
 
-    def _orthogonalize(self, params, directions, group):
-        """The orthogonal matrix nearest to each direction; if sharded, this rank's rows of it."""
+    def _orthogonalize(self, params, directions, owners, group):
+        """The orthogonal matrix nearest to each direction; if sharded, this rank's rows of it.
+
+        They are zeros if the step is skipped. directions: of the matrices that this rank owns or
+        has rows of.
+        """
         if isinstance(params[0], DTensor):
             mesh = params[0].device_mesh
             exchange = RowExchange(params, mesh.get_group(mesh.ndim - 1))
-            matrices = orthogonalize(exchange.gather(directions), group)
+            matrices = self._solve(exchange.gather(directions), group)
             return exchange.scatter(matrices, directions)
-        if self.world.size == 1:
-            return orthogonalize(directions, group)
-        owners = assign_owners(params, self.world.size)
-        mine = [d for d, owner in zip(directions, owners, strict=True) if owner == self.world.rank]
-        return share_matrices(orthogonalize(mine, group), directions, owners, self.world)
+        matrices = self._solve(directions, group)
+        if owners[0] is None:
+            return matrices
+        return share_matrices(matrices, params, owners, self.world)
+
+    def _solve(self, directions, group):
+        matrices = orthogonalize(directions, group)
+        if self.found_inf is not None and matrices:
+            torch._foreach_mul_(matrices, self._unless_bad(1, 0).bfloat16())
+        return matrices
 
 
 def parts(params):
@@ -192,13 +226,14 @@ def newton_schulz_flops(shape):
 def share_matrices(mine, like, owners, world):
     """All matrices on every rank, from those that each rank owns and has computed.
 
-    mine: this rank's matrices; like: a tensor of the shape of each matrix, in the same order.
+    mine: this rank's bfloat16 matrices; like: a tensor of the shape of each matrix, in the same
+    order.
     """
     sizes = [0] * world.size
     for matrix, owner in zip(like, owners, strict=True):
         sizes[owner] += matrix.numel()
     largest = max(sizes)  # a rank with fewer elements sends padding
-    sent = like[0].new_zeros(largest)
+    sent = torch.zeros(largest, dtype=torch.bfloat16, device=like[0].device)
     if mine:
         sent[:sizes[world.rank]] = torch.cat([matrix.flatten() for matrix in mine])
     received = sent.new_empty(world.size * largest)

@@ -9,18 +9,20 @@ loop calls the functions below and is the same for all three.
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 from gptlib.checkpoints.directory import read_tensors
-from gptlib.common import UserError
-from gptlib.distributed import own_rows, whole
+from gptlib.common import UserError, crc32_of_file
+from gptlib.distributed import COLLECTIVE_TIMEOUT, own_rows, require_equal, whole
 from gptlib.runtime import compile_model
 
 # MiB of gradients that DDP exchanges at a time. torch.compile cuts the model into graphs at the end
@@ -41,6 +43,29 @@ class Layout:
     reduce_each: bool = False
     recompute_every: int = 0
     compile: bool = True
+
+
+# Settings that may differ between hosts: their device, where their files lie, and what rank 0
+# alone reads. All others have to be equal.
+SETTINGS_OF_A_HOST = {
+    "device", "data_root", "log_dir", "hellaswag_data", "init_from", "checkpoint_path", "resume",
+    "auto_resume", "log_interval", "wandb", "tensorboard", "keep_checkpoints",
+}
+
+
+def check_same_run(settings, data, world):
+    """Raise UserError on every rank if a rank has other settings or other data than rank 0.
+
+    With another --max_steps the ranks would wait for each other; with fewer shards they would
+    train on without a word. settings: {name of a flag: value}; data: a Dataset. Collective.
+    """
+    facts = {f"--{name}": value for name, value in settings.items()
+             if name not in SETTINGS_OF_A_HOST}
+    facts["the number of training tokens"] = data.train.n_tokens
+    facts["the number of validation tokens"] = data.val.n_tokens
+    meta = Path(settings["data_root"], "meta.json")
+    facts["the CRC-32 of the dataset's meta.json"] = crc32_of_file(meta) if meta.exists() else None
+    require_equal(facts, world)
 
 
 # -----------------------------------------------------------------------------
@@ -98,10 +123,13 @@ def shard_mesh(device, world, shard_ranks):
     if world.size % n:
         raise UserError(f"--shard_ranks is {n}, which does not divide {world.size} processes: "
                         "give the number of GPUs of a host, or 0 to shard over all of them")
+    shape, names = (world.size // n, n), ("replicate", "shard")
     if n == world.size:
-        return init_device_mesh(device.type, (n,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world.size // n, n),
-                            mesh_dim_names=("replicate", "shard"))
+        shape, names = shape[1:], names[1:]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # groups of ranks have gloo's half hour or NCCL's own time
+        set_group_timeout(COLLECTIVE_TIMEOUT, group)
+    return mesh
 
 
 def train_with(raw_model, layout, device, world):

@@ -4,12 +4,14 @@
 """
 
 import json
+import os
 import random
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
@@ -88,20 +90,65 @@ def test_a_run_of_one_process_goes_on_on_two(folder):
     assert (saved["position"], len(saved["rng"])) == (3200, 2)
 
 
-def test_sigterm_to_torchrun_stops_all_at_the_same_step(folder):
-    """Guards against ranks that stop at different steps, and then wait for each other."""
-    settings = {**SETTINGS, "max_steps": 2000, "eval_interval": 1000, "checkpoint_interval": 1000}
+def children_of(pid):
+    """The process ids of a process' children, on Linux."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun in /proc")
+def test_sigterm_to_all_processes_saves_one_step(folder):
+    """Guards against ranks that stop at different steps and then wait for each other, and against
+    a save that is lost because Slurm, systemd and pkill signal the processes as well as torchrun,
+    which passes the signal on."""
+    settings = {**SETTINGS, "max_steps": 20000, "eval_interval": 10000,
+                "checkpoint_interval": 10000}
     process = Popen(command("train_gpt2.py", *flags(**settings), nproc=2), cwd=folder,
                     env=environment(), text=True, stdout=PIPE, stderr=STDOUT)
     log = folder / "log" / "log.txt"
     while process.poll() is None and not (log.exists() and "\n20 train" in log.read_text()):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    for pid in (*children_of(process.pid), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    output = process.communicate(timeout=300)[0]
     saved = list((folder / "log").glob("model_*.pt"))
-    assert len(saved) == 1
+    assert len(saved) == 1, output
     assert "goes on" in output
     assert int(saved[0].stem[6:]) == max(read_log(folder / "log")["train"]) + 1
+
+
+# Two starts in one torchrun; rank 1 has been given another flag or another dataset.
+DIFFERENT = """
+import sys
+from gptlib.common import UserError
+from gptlib.distributed import join
+from train_gpt2 import TrainConfig, train
+
+with join() as world:
+    for name, value in (("max_steps", 4), ("batch_size", 2), ("data_root", "other")):
+        mine = {name: value} if world.rank == 1 else {}
+        try:
+            train(TrainConfig(**{**eval(sys.argv[1]), **mine}), world=world)
+        except UserError as error:
+            print(f"rank {world.rank}: {error}")
+"""
+
+
+def test_hosts_that_differ_are_told(folder):
+    """Guards against ranks that train on fewer shards without a word, or wait for each other for
+    ten minutes because they count to different steps."""
+    write_dataset(folder / "other", [english(3001, 1)], [english(1500, 3)])
+    (folder / "different.py").write_text(DIFFERENT)
+    done = Popen(command(folder / "different.py", repr({**SETTINGS, "log_dir": "never"}), nproc=2),
+                 cwd=folder, env={**environment(), "PYTHONPATH": str(ROOT)}, text=True, stdout=PIPE,
+                 stderr=STDOUT)
+    output = done.communicate(timeout=300)[0]
+    assert done.returncode == 0, output
+    for difference in ("--max_steps is 4 on rank 1, but 10 on rank 0",
+                       "--batch_size is 2 on rank 1, but 4 on rank 0",
+                       "the number of training tokens is 3001 on rank 1, but 5001 on rank 0"):
+        for rank in (0, 1):
+            assert f"rank {rank}: {difference}: start all hosts" in output
+    assert not (folder / "never").exists(), "a run has begun"
 
 
 # -----------------------------------------------------------------------------
