@@ -95,8 +95,10 @@ def test_linked_folders_are_not_emptied(tmp_path, suffix):
     outside.mkdir()
     (outside / "precious").write_text("precious")
     path = tmp_path / "model_00003.pt"
+    link = path.with_name(path.name + suffix)
     for _ in range(2):  # the second one replaces the first
-        path.with_name(path.name + suffix).symlink_to(outside)
+        link.unlink(missing_ok=True)
+        link.symlink_to(outside)
         write_checkpoint_directory(path, training_state(3))
     assert [file.name for file in outside.iterdir()] == ["precious"]
     assert load_checkpoint(path)["step"] == 3

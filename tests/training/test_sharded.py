@@ -7,7 +7,6 @@ import contextlib
 import functools
 import json
 import os
-import pickle
 import random
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from conftest import ROOT, TINY, english, environment, write_dataset
 
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.checkpoints.start import choose_checkpoint
-from gptlib.checkpoints.directory import SafeReader
 from gptlib.common import UserError
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.training.parallel import Layout
@@ -328,44 +326,6 @@ def test_a_damaged_directory_is_skipped(directory, capsys, name, damage):
     offer = choose_checkpoint(dict(auto_resume=True, log_dir=str(directory.parent)))
     assert offer.checkpoint["step"] == 4
     assert "skipping" in capsys.readouterr().err
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("hostile",)
-
-
-def test_nothing_in_metadata_is_executed(directory, tmp_path, monkeypatch):
-    """torch reads .metadata with pickle, which runs what the file says."""
-    monkeypatch.chdir(tmp_path)
-    (directory / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
-        SafeReader(directory).read_metadata()
-    assert not (tmp_path / "hostile").exists()
-
-
-class Attribute:
-    """Pickled as getattr(owner, name), as Python 3.11.2 does with the members of an enum."""
-
-    def __init__(self, owner, name):
-        self.attribute = owner, name
-
-    def __reduce__(self):
-        return getattr, self.attribute
-
-
-def test_metadata_of_any_python_is_read(tmp_path):
-    """Guards against checkpoint directories that Debian's Python writes and cannot read, and
-    against other attributes that a pickle might ask for."""
-    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as ENUM
-    file = tmp_path / ".metadata"
-    member = next(iter(ENUM))
-    file.write_bytes(pickle.dumps(Attribute(ENUM, member.name)))
-    assert SafeReader(tmp_path).read_metadata() is member
-    for owner, name in ((ENUM, "__init__"), (torch.Size, "count")):
-        file.write_bytes(pickle.dumps(Attribute(owner, name)))
-        with pytest.raises(pickle.UnpicklingError, match=name):
-            SafeReader(tmp_path).read_metadata()
 
 
 @pytest.fixture(scope="module")
