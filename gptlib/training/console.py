@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from gptlib.common import UserError, duration, first_line, print0
-from gptlib.runtime import device_name, git_commit, peak_flops
+from gptlib.runtime import device_name, git_commit
+from gptlib.training.gpu_facts import peak_flops
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
 
