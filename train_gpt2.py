@@ -44,6 +44,7 @@ from gptlib.inference.sampling import sample_next
 from gptlib.lock import lock_directory
 from gptlib.training import console, memory, optim, parallel, presets, scoring
 from gptlib.training.evaluation import Evaluator
+from gptlib.training.loss_watch import Divergence
 from gptlib.training.run_log import RunLog
 
 # -----------------------------------------------------------------------------
@@ -297,6 +298,8 @@ class TrainConfig:
     tensorboard: bool = setting(False, "log to TensorBoard as well, under log_dir")
     checkpoint_interval: int = setting(1000, "steps between checkpoints", 1)
     keep_checkpoints: int = setting(5, "how many of the newest to keep; 0 keeps all", 0)
+    keep_best: bool = setting(False, "keep the checkpoint of the lowest validation loss as well")
+    stop_on_divergence: bool = setting(True, "end a run whose loss stays far above its mean")
     auto_resume: bool = setting(False, "go on from the newest good checkpoint, or start fresh")
     resume: bool = setting(False, "go on from --checkpoint_path")
     checkpoint_path: str = setting("", "the checkpoint of --resume")
@@ -495,9 +498,10 @@ def open_log(cfg, start, model, data, device, dtype, world, batch_size):
     run_log = None
     if world.rank == 0:
         run_log = RunLog(cfg.log_dir, resumed_at, facts, cfg.wandb, cfg.tensorboard)
+    divergence = Divergence(model.config.vocab_size) if cfg.stop_on_divergence else None
     return console.Console(run_log, device, world, cfg.max_steps, cfg.total_batch_size,
                            model.flops_per_token(), cfg.log_interval, start.step,
-                           data.val_tokens_per_byte)
+                           data.val_tokens_per_byte, divergence)
 
 
 def train(cfg, start=Start(), world=distributed.World()):
@@ -532,6 +536,7 @@ def train(cfg, start=Start(), world=distributed.World()):
         print0(f"resuming at step {start.step} of {cfg.max_steps}, {start.position:,} tokens into "
                "the run")
     step, position, val_loss, val_step = start.step, start.position, start.val_loss, start.val_step
+    best_loss = start.best_loss
     batch_size = cfg.batch_size or memory.choose_batch_size(
         raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)
 
@@ -567,8 +572,12 @@ def train(cfg, start=Start(), world=distributed.World()):
                     log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
                 saver.thread.submit(log.draw)
 
-            # once in a while write a checkpoint
-            due = step % cfg.checkpoint_interval == 0 or last_step or stop
+            # once in a while write a checkpoint, but not while the loss is high: a model that
+            # diverges must not replace the last good one
+            is_best = cfg.keep_best and 0 < step == val_step and val_loss < best_loss
+            best_loss = val_loss if is_best else best_loss
+            due = step % cfg.checkpoint_interval == 0 and not log.is_loss_high
+            due = due or is_best or last_step or stop
             if due and step > start.step:
                 log.flush()
                 rng = distributed.gather_from_all(runtime.get_rng(device), world)
@@ -578,7 +587,8 @@ def train(cfg, start=Start(), world=distributed.World()):
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=scaler.state_dict(), rng=rng, train_config=cfg.as_given,
                     tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
-                    val_loss=val_loss, val_step=val_step), wait=last_step or stop)
+                    val_loss=val_loss, val_step=val_step, best_loss=best_loss),
+                    wait=last_step or stop, is_best=is_best)
             if last_step or stop:
                 break
 

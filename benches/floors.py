@@ -6,7 +6,8 @@ import torch
 
 from benches.turns import dtype_name
 from gptlib.common import log
-from gptlib.runtime import PEAK_TFLOPS, resolve_device, resolve_dtype
+from gptlib.runtime import device_name, resolve_device, resolve_dtype
+from gptlib.training.gpu_facts import peak_flops
 
 
 def matrix_peak(device, dtype):
@@ -38,13 +39,9 @@ def memory_bandwidth(device):
 
 
 def datasheet_peak(device):
-    """(name, bf16 FLOP/s by the maker's datasheet) of a CUDA device; None for other devices."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part_of_name, tflops in PEAK_TFLOPS.items():
-            if part_of_name in name:
-                return name, tflops * 1e12
-    return None
+    """(name, bf16 FLOP/s by the maker's datasheet) of a device; None if that is not known."""
+    flops = peak_flops(device)
+    return (device_name(device), flops) if flops else None
 
 
 def bench_floors(args):

@@ -19,6 +19,7 @@ import torch
 from benches.turns import ROOT, last_lines, take_turns
 from gptlib.common import UserError, atomic_write, log
 from gptlib.runtime import prepare_attention, prepare_device, resolve_device, resolve_dtype
+from gptlib.training.run_log import new_figure
 from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
 OPTIMIZERS = ("adamw", "muon")
@@ -328,10 +329,8 @@ COLORS = {"adamw": "tab:blue", "muon": "tab:orange"}
 
 def draw_learning(result, path):
     """Draw the sweep of rates, the loss over the tokens, and the final losses of the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    figure = new_figure(figsize=(15, 4.5))
+    axes = figure.subplots(1, 3)
     draw_sweep(axes[0], [run for run in result["runs"] if run["settings"].get("dev")])
     compared = [run for run in result["runs"] if not run["settings"].get("dev")]
     draw_curves(axes[1], compared)
@@ -346,7 +345,6 @@ def draw_learning(result, path):
     figure.suptitle(title)
     figure.tight_layout()
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=110))
-    plt.close(figure)
 
 
 def draw_sweep(ax, runs):

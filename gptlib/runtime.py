@@ -13,13 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from gptlib.common import UserError, first_line, warn
 
-# Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that
-# begins another one comes after it.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
-}
-
 # -----------------------------------------------------------------------------
 # devices and precision
 
@@ -146,14 +139,6 @@ def without_cudnn_attention(device):
 def device_name(device):
     """What the log calls the device: the GPU's name, or "cpu", "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_flops(device):
-    """FLOP/s of the device's datasheet, or None if it is not known."""
-    for name, tflops in PEAK_TFLOPS.items():
-        if name in device_name(device):
-            return tflops * 1e12
-    return None
 
 
 def set_malloc(device, keep):

@@ -22,7 +22,7 @@ LATEST = "latest_checkpoint.pt"
 # the files of a log directory
 
 
-def save_checkpoint(log_dir, state, keep):
+def save_checkpoint(log_dir, state, keep, is_best=False):
     """Write log_dir/model_{step}.pt completely or not at all, and return its path.
 
     Then latest_checkpoint.pt names it, and only the newest `keep` checkpoints stay (0: all of
@@ -32,7 +32,7 @@ def save_checkpoint(log_dir, state, keep):
     if path.is_dir():  # the run was here before, sharded, and then resumed from an earlier step
         remove_directory(path)
     atomic_write(path, lambda file: torch.save(state, file))
-    publish_checkpoint(path, keep)
+    publish_checkpoint(path, keep, is_best)
     return path
 
 
@@ -46,11 +46,13 @@ def list_checkpoints(log_dir):
     return sorted(paths, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
-def publish_checkpoint(path, keep):
-    """Let latest_checkpoint.pt name a checkpoint that is written, and remove all but the newest
-    `keep`."""
+def publish_checkpoint(path, keep, is_best=False):
+    """Let latest_checkpoint.pt name a checkpoint that is written, keep the best one, and remove all
+    but the newest `keep`."""
     try:
         update_latest(path)
+        if is_best:
+            keep_as_best(path)
         for old in list_checkpoints(path.parent)[keep:] if keep else []:
             remove_checkpoint(old)
     except OSError as error:
@@ -91,6 +93,28 @@ def tidy(log_dir):
             update_latest(checkpoints[0])
     elif directory_identity(latest) != directory_identity(checkpoints[0]):
         update_latest(checkpoints[0])
+
+
+def keep_as_best(path):
+    """Let best_checkpoint.pt be the checkpoint at `path`, and stay when that one is removed."""
+    best, copy = (path.with_name(f"best_checkpoint.{end}") for end in ("pt", "tmp"))
+    for old in (copy, best):
+        if old.is_dir():
+            remove_directory(old)
+    copy.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, copy, copy_function=link_or_copy)
+    else:
+        link_or_copy(path, copy)
+    os.replace(copy, best)
+
+
+def link_or_copy(source, target):
+    """A second name for a file, or a copy if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def copy_to_host(state, keep=True):
@@ -161,11 +185,12 @@ class Saver:
     def __exit__(self, *error):
         self.thread.shutdown()
 
-    def save(self, state, wait=False):
+    def save(self, state, wait=False, is_best=False):
         """Copy the state and write the copy in the background; with wait, return when it is on
         disk.
 
-        state: a nest of tensors and plain values, with "step". Collective: every process calls it.
+        state: a nest of tensors and plain values, with "step". is_best: whether best_checkpoint.pt
+        becomes this one. Collective: every process calls it.
         Raises UserError only with wait: otherwise a checkpoint that can't be written is a warning,
         since the next one may be.
         """
@@ -173,23 +198,23 @@ class Saver:
             self.writing.result()
         state = {"version": CHECKPOINT_VERSION, **state}
         if self.group:
-            write = self._start_directory(state, wait)
+            write = self._start_directory(state, wait, is_best)
         else:
-            write = self._start_file(state)
+            write = self._start_file(state, is_best)
         self.writing = write and self.thread.submit(self._report, write, state["step"], wait)
         if wait and self.writing:
             self.writing.result()
 
-    def _start_file(self, state):
+    def _start_file(self, state, is_best):
         copy = copy_to_host(state, keep=self.world.rank == 0)
         if self.world.rank > 0:
             return None
-        return lambda: save_checkpoint(self.log_dir, copy, self.keep)
+        return lambda: save_checkpoint(self.log_dir, copy, self.keep, is_best)
 
-    def _start_directory(self, state, wait):
+    def _start_directory(self, state, wait, is_best):
         path = checkpoint_path(self.log_dir, state["step"])
         writer = DirectoryWriter(path, state, self.group, frozen=wait)
-        return lambda: writer.finish(lambda: publish_checkpoint(path, self.keep))
+        return lambda: writer.finish(lambda: publish_checkpoint(path, self.keep, is_best))
 
     def _report(self, write, step, must_succeed):
         try:

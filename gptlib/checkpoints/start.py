@@ -1,5 +1,6 @@
 """What a training run starts from: nothing, weights, or a checkpoint that it resumes."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ class Start:
     position: int = 0
     val_loss: float | None = None
     val_step: int | None = None
+    best_loss: float = math.inf  # the lowest validation loss of a run with --keep_best
     optimizer: list = field(default_factory=list)
     scaler: dict = field(default_factory=dict)
     rng: list = field(default_factory=list)
@@ -168,6 +170,7 @@ def load_start(flags, world, known):
         start.resumed = True
         for name in ("step", "position", "val_loss", "val_step", "optimizer", "scaler", "rng"):
             setattr(start, name, checkpoint.pop(name, None))
+        start.best_loss = checkpoint.pop("best_loss", math.inf)
     return start
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gptlib.common import UserError, duration, first_line, print0
-from gptlib.runtime import device_name, git_commit, peak_flops
+from gptlib.runtime import device_name, git_commit
+from gptlib.training.gpu_facts import peak_flops
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
 WAIT_AFTER_SIGNAL = 2.0  # seconds that the device has at least for a step that it has begun

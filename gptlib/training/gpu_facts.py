@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from gptlib.common import UserError
-from gptlib.runtime import PEAK_TFLOPS
+from gptlib.runtime import device_name
 
 DATASHEET = "the maker's datasheet"
 NCCL_212 = "github.com/NVIDIA/nccl-tests/issues/212"
@@ -18,6 +18,14 @@ GPUS_PER_HOST = 8
 # The share of a GPU's memory that tensors can have. The CUDA context, NCCL's buffers and what the
 # allocator cannot reuse take the rest. An assumption.
 USABLE_MEMORY = 0.93
+
+# Dense bf16 TFLOP/s (float16 if there is no bf16), from the makers' datasheets.
+PEAK_TFLOPS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756,
+    "H100 NVL": 835, "A100": 312, "A100 PCIe": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "V100 PCIe": 112,
+    "T4": 65,
+}
 
 # words in the names of GPUs that do not tell one from another
 MAKERS_AND_SOCKETS = re.compile(r"nvidia|geforce|tesla|rtx|sxm\d*|hbm\d*e?|gpu")
@@ -75,6 +83,7 @@ GPUS = {gpu.name: gpu for gpu in (
     pcie("H100 PCIe", 80, 64),
     GPU("A100", 80, 220e9, 23.5e9, f"{NCCL_228}; 94 % of 200 Gbit/s"),
     GPU("A100 40GB", 40, 220e9, 23.5e9, f"{NCCL_228}; 94 % of 200 Gbit/s"),
+    pcie("A100 PCIe", 80, 32),
     nvlink("V100", 32, 150, 12.5),
     pcie("L40S", 48, 32), pcie("L4", 24, 32), pcie("A10G", 24, 32), pcie("A10", 24, 32),
     pcie("RTX 4090", 24, 32), pcie("RTX 3090", 24, 32), pcie("T4", 16, 16),
@@ -107,9 +116,9 @@ MEASURED_MFU = [
     *llm_foundry("H100", (760e6, 37.57, 32, False), (1.32e9, 41.82, 8, False),
                  (2.65e9, 43.73, 16, False), (6.66e9, 46.44, 8, False), (12.9e9, 39.79, 8, False),
                  (30e9, 43.07, 16, True), (64.9e9, 42.57, 64, True)),
-    # 10B tokens in 45 minutes on eight: 463,000 tokens a second and GPU at 855 MFLOP
-    MeasuredMFU("H100", 124e6, 0.40, False, "llm.c on 8 x H100, 10B tokens in 45 minutes "
-                "(github.com/KellerJordan/modded-nanogpt); PyTorch takes longer"),
+    # 485,960 tokens a second at 855 MFLOP
+    MeasuredMFU("H100", 124e6, 0.42, False, "1 x H100, measured with this repository on "
+                "2026-11-27 (docs/speed.md)"),
     # it prints 29 % of an A100's 312 TFLOP/s
     MeasuredMFU("RTX 4090", 124e6, 0.55, False, "nanoGPT on 1 x RTX 4090, 29 % of A100's peak "
                 "(github.com/karpathy/nanoGPT/issues/182)"),
@@ -142,6 +151,13 @@ def split_name(name):
     words = re.findall(r"[a-z0-9]+", text)
     words = [word for word in words if not MAKERS_AND_SOCKETS.fullmatch(word)]
     return "".join(words).removeprefix("rtx"), int(memory[1]) if memory else None
+
+
+def peak_flops(device):
+    """FLOP/s of the device by its datasheet, or None if it is not known."""
+    model, _ = split_name(device_name(device))
+    known = {split_name(name)[0]: tflops * 1e12 for name, tflops in PEAK_TFLOPS.items()}
+    return known.get(model)
 
 
 def published_mfu(gpu, parameters, recompute):

@@ -3,7 +3,9 @@
 import math
 import statistics
 
-HIGH_STEPS = 100  # steps in a row with a high loss after which a run counts as diverged
+# A run counts as diverged after this many steps with a high loss; one that is not high takes two of
+# them back, so that noise does not begin the count anew.
+HIGH_STEPS = 100
 LOST_SHARE = 0.25  # of what was learned, above which a loss is high
 SMOOTHING = 0.02  # of the running mean: it follows the last 50 steps
 LEAST_MARGIN = 0.5  # nats above the running mean; while little is learned, noise is as large
@@ -26,7 +28,7 @@ class Divergence:
     def __init__(self, vocab_size):
         self.ignorant_loss = math.log(vocab_size)
         self.mean = None
-        self.high_steps = 0  # in a row
+        self.high_steps = 0
         self.since = None  # the first of them
 
     def add(self, step, loss):
@@ -34,7 +36,7 @@ class Divergence:
         if self.mean is None and math.isfinite(loss):
             self.mean = loss
         if self.mean is None or not self._is_high(loss):
-            self.high_steps = 0
+            self.high_steps = max(self.high_steps - 2, 0)
             if math.isfinite(loss):
                 self.mean += SMOOTHING * (loss - self.mean)
             return False

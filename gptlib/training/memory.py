@@ -25,9 +25,9 @@ STREAM_BYTES = 4  # what a recomputed block keeps: its input, in float32
 FINAL_BYTES = 10  # the last layer norm, its output and the embedding, for each channel
 
 # Peak bytes per logit. Eager: the float32 log-probabilities, their gradient and that of the logits.
-# Compiled: the logits and their gradient, the rest is fused.
+# Compiled: the logits alone, since their gradient takes their place.
 LOGIT_BYTES_EAGER = 12
-LOGIT_BYTES_COMPILED = {16: 4, 32: 8}
+LOGIT_BYTES_COMPILED = {16: 2, 32: 4}
 
 # Muon updates sharded matrices in parts of about this many elements a rank, since it needs ten
 # bytes for each of them. A model that has to be sharded has no memory for all of them at once.
@@ -78,12 +78,16 @@ def model_sizes(model):
 def activation_bytes(config, tokens, bits=16, recomputed=0):
     """Bytes that the blocks keep for the backward pass of this many tokens.
 
-    config: a GPTConfig or Sizes; recomputed: how many blocks keep only their input. One more block
-    is counted, for what the backward pass of a block needs besides.
+    config: a GPTConfig or Sizes; recomputed: how many blocks keep only their input.
     """
-    kept = config.n_layer - recomputed + 1
+    kept = config.n_layer - recomputed
     per_channel = kept * BLOCK_BYTES[bits] + recomputed * STREAM_BYTES + FINAL_BYTES
     return tokens * config.n_embd * per_channel
+
+
+def working_bytes(config, tokens, bits=16):
+    """Bytes that the backward pass of a block needs besides, as many as a block keeps."""
+    return tokens * config.n_embd * BLOCK_BYTES[bits]
 
 
 def logit_bytes(config, tokens, bits=16, compiled=False):
@@ -124,21 +128,30 @@ def estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, rank
             kept = sizes.n_layer - recomputed + 1
             copies = 2 * (sizes.tied + kept * sizes.hidden // sizes.n_layer)
     activations = activation_bytes(sizes, tokens, bits, recomputed)
+    working = working_bytes(sizes, tokens, bits)
     # a sharded model compiles its blocks, not the head and the loss
-    logits = logit_bytes(sizes, tokens, bits, layout.compile and not layout.shard)
+    is_compiled = layout.compile and not layout.shard
+    logits = logit_bytes(sizes, tokens, bits, is_compiled)
+    if is_compiled:  # the logits are gone before the first block works: the larger one counts
+        logits_and_working = max(logits, working)
+    else:
+        logits_and_working = logits + working
     tie = 4 * sizes.tied  # the head's gradient waits for the embedding's
     root, blocks = gathered_bytes(sizes) if sharded else (0, 0)
     if accumulate and share > 1 and not layout.reduce_each:
         gradients = 4 * sizes.total  # whole until the last micro-batch, then they are reduced
-    # DDP's buckets, which hold the gradients, are never freed
-    before = gradients if accumulate or (ranks > 1 and not layout.shard) else 0
-    forward = before + copies + activations + root + max(logits, tie + blocks)
+    # DDP's buckets are never freed, and until the last micro-batch gradients add up beside them
+    is_ddp = ranks > 1 and not layout.shard
+    before = (gradients if accumulate else 0) + (gradients if is_ddp else 0)
+    forward = before + copies + activations + root + max(logits_and_working, tie + blocks)
     # the embedding's gradient comes after those of the blocks; nothing is gathered then
     both = tie if accumulate or sharded else 0
-    backward = gradients + root + tie + max(both, blocks)
+    backward = max(before, gradients) + root + tie + max(both, blocks)
     update = gradients + optimizer_work
     peak = weights + optimizer_state + max(forward, backward, update)
-    parts = (weights, gradients, optimizer_state, copies, activations, logits, root + blocks)
+    gradients = max(before, gradients)
+    parts = (weights, gradients, optimizer_state, copies, activations + working, logits,
+             root + blocks)
     return Memory(dict(zip(PARTS, parts, strict=True)), peak)
 
 
@@ -248,7 +261,8 @@ def fits(model, batch_size, device, autocast, world=World()):
         # A CPU raises no error that could be caught, the system kills the process. So the bytes are
         # estimated, for float32, on the safe side.
         tokens = batch_size * block_size
-        needed = activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
+        needed = (activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
+                  + working_bytes(model.config, tokens, bits=32))
         return needed < free_host_memory() / 2
     try:
         copies = 2 if world.size == 1 else 3

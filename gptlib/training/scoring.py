@@ -3,6 +3,7 @@
 This is the only scorer of the repository: hellaswag.py, the training loop and bench.py use it.
 """
 
+import hashlib
 import http.client
 import json
 import random
@@ -20,7 +21,10 @@ from gptlib.data.tokenizer import encode_text
 from gptlib.distributed import share_from_rank0
 from gptlib.runtime import without_cudnn_attention
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"  # the newest of 2026-11
+URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellaswag_val.jsonl"
+GIT_HASH = "0f5ee25d72216f12317d5d8a7b92deafa423d81e"  # of the file, as git ls-tree shows it
+MAX_BYTES = 64 * 2**20  # of the download; the file has 12 MB
 CACHE = Path(__file__).resolve().parents[2] / "hellaswag" / "hellaswag_val.jsonl"
 
 
@@ -86,9 +90,14 @@ def download(url, path):
         data, expected_size = read_url(url, path.name)
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot download {url} ({e}). {remedy}") from e
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{url} is larger than {MAX_BYTES >> 20} MiB: it is not HellaSwag. {remedy}")
     if len(data) < expected_size:
         raise UserError(f"the download of {url} ended after {len(data)} of {expected_size} bytes: "
                         f"try again. {remedy}")
+    if git_hash(data) != GIT_HASH:
+        raise UserError(f"{url} is not the file that it should be: its hash is {git_hash(data)}, "
+                        f"expected {GIT_HASH}. {remedy}")
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as e:
@@ -96,14 +105,22 @@ def download(url, path):
     atomic_write(path, lambda f: f.write(data))
 
 
+def git_hash(data):
+    """The hash by which git names a file with these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def read_url(url, title):
-    """Read a URL to its end. Returns the bytes and the announced size, 0 if there is none."""
+    """Read a URL to its end, or to just over MAX_BYTES.
+
+    Returns the bytes and the announced size, 0 if there is none.
+    """
     data = bytearray()
     with urllib.request.urlopen(url, timeout=30) as response:
         size = int(response.headers.get("Content-Length") or 0)
         with tqdm(total=size, desc=title, unit="B", unit_scale=True, leave=False,
                   disable=None) as bar:
-            while chunk := response.read(1 << 16):
+            while len(data) <= MAX_BYTES and (chunk := response.read(1 << 16)):
                 data += chunk
                 bar.update(len(chunk))
     return data, size

@@ -17,7 +17,8 @@ from torch.distributed.run import get_args_parser
 
 import plan as script
 from gptlib.common import UserError
-from gptlib.training.gpu_facts import GPUS, MEASURED_MFU, find_gpu, published_mfu
+from gptlib.training.gpu_facts import (GPUS, MEASURED_MFU, find_gpu, peak_flops,
+                                       published_mfu)
 from gptlib.training.memory import model_sizes
 from gptlib.training.parallel import Layout
 from gptlib.training.presets import PRESETS
@@ -173,9 +174,9 @@ def test_hosts_are_joined_by_the_slower_link(ranks, bandwidth):
 
 
 @pytest.mark.parametrize("gpu, preset, tokens_per_second", [
-    # tokens a second and GPU that llm-foundry's tables print, and llm.c's 10B tokens in 45 minutes
+    # tokens a second and GPU that llm-foundry's tables print, and ours as measured (docs/speed.md)
     ("A100", "gpt3-small", 142830), ("A100", "gpt3-xl", 20513), ("A100", "gpt3-6.7b", 4641),
-    ("H100", "gpt3-xl", 45455), ("H100", "gpt3-13b", 4792), ("H100", "gpt2", 10e9 / 2700 / 8),
+    ("H100", "gpt3-xl", 45455), ("H100", "gpt3-13b", 4792), ("H100", "gpt2", 485_960),
 ])
 def test_published_speeds_come_out(gpu, preset, tokens_per_second):
     """Guards against an MFU of one definition that is multiplied by FLOPs of another."""
@@ -290,6 +291,22 @@ def test_a_gpu_in_any_spelling(typed, name, memory):
     """Guards against a name that the maker's own tools print and the plan refuses."""
     gpu = find_gpu(typed)
     assert (gpu.name, gpu.memory) == (name, memory)
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A10G", 70),
+    ("NVIDIA A10", 125), ("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+    ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125),
+    ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA RTX A1000", None), ("NVIDIA T400", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A1000", None),
+])
+def test_the_mfu_is_of_this_gpu(monkeypatch, name, tflops):
+    """Guards against an MFU over another GPU's peak: an RTX A1000 is no A100, an L40 no L4."""
+    monkeypatch.setattr("gptlib.training.gpu_facts.device_name", lambda device: name)
+    peak = peak_flops(torch.device("cuda"))
+    assert peak == (tflops and tflops * 1e12)
 
 
 @pytest.mark.parametrize("typed", ["H", "RTX A1000", "L40", "T400", "H100 NVL", "A100 MIG 1g.10gb"])

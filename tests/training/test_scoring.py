@@ -463,10 +463,31 @@ def test_without_a_path_it_downloads_once(tmp_path, monkeypatch):
     source = tmp_path / "source.jsonl"
     source.write_text(json.dumps(GOOD) + "\n")
     monkeypatch.setattr(scoring, "URL", source.as_uri())
+    monkeypatch.setattr(scoring, "GIT_HASH", scoring.git_hash(source.read_bytes()))
     monkeypatch.setattr(scoring, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
     assert scoring.load_examples() == [GOOD]
     source.unlink()
     assert scoring.load_examples("") == [GOOD]
+
+
+def test_the_hash_is_gits():
+    """Guards against a hash of another kind: the empty file's, as every repository knows it."""
+    assert scoring.git_hash(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+@pytest.mark.parametrize("limit, complaint", [
+    (2**20, "not the file that it should be"), (20, "larger than")])
+def test_another_file_is_refused(tmp_path, monkeypatch, limit, complaint):
+    """Guards against examples of whoever answers in the name of the source, and against a download
+    that fills the memory."""
+    source = tmp_path / "source.jsonl"
+    source.write_text(json.dumps(GOOD) + "\n")
+    monkeypatch.setattr(scoring, "URL", source.as_uri())
+    monkeypatch.setattr(scoring, "MAX_BYTES", limit)
+    monkeypatch.setattr(scoring, "CACHE", tmp_path / "hellaswag" / "hellaswag_val.jsonl")
+    with pytest.raises(UserError, match=complaint):
+        scoring.load_examples()
+    assert not (tmp_path / "hellaswag").exists()
 
 
 class BrokenServer(http.server.BaseHTTPRequestHandler):
