@@ -69,8 +69,8 @@ def load_for_sampling(path, device=None, dtype=None, quantize=None):
     """
     check_quantize("quantize", quantize)
     if str(path) == DEFAULT_CHECKPOINT and not os.path.lexists(path):
-        raise UserError(f"no checkpoint {DEFAULT_CHECKPOINT!r} here yet. Train a small model in a few "
-                        "minutes: python train_gpt2.py --preset demo\n"
+        raise UserError(f"no checkpoint {DEFAULT_CHECKPOINT!r} here yet. Train a small model in a "
+                        "few minutes: python train_gpt2.py --preset demo\n"
                         "or name a checkpoint, or a GPT-2 such as gpt2: --checkpoint_path "
                         "(serve.py: --model_checkpoint)")
     device = resolve_device(str(device or "auto"))

@@ -30,7 +30,6 @@ import sys
 import threading
 import time
 import traceback
-from itertools import chain
 from pathlib import Path
 
 from gptlib.common import ArgumentParser, UserError, log, run_main, warn
@@ -46,23 +45,22 @@ from gptlib.serving.access import (
     register_host_check,
     split_list,
 )
+from gptlib.serving.answers import CompletionAnswer, GenerateAnswer, respond
 from gptlib.serving.api import (
     DEFAULT_MAX_TOKENS,
     VERSION,
     ApiError,
-    CompletionAnswer,
-    GenerateAnswer,
+    check_completion,
+    check_context,
     check_echo,
     encode_prompt,
     encode_prompts,
     error_response,
     job_error,
     openapi,
-    parse_body,
+    read_body,
     request_models,
     split_prompts,
-    sse_stream,
-    wrong_value,
 )
 from gptlib.serving.http_server import (
     create_server,
@@ -302,42 +300,33 @@ def register_text_routes(app, service, settings, models):
         body, count = read(Completion)
         check_model_name(service, body.model)
         n = body.n or 1
-        if body.best_of not in (None, n):
-            raise wrong_value(Completion, "best_of", body.best_of)
+        check_completion(Completion, body)
         prompts = split_prompts(body.prompt, settings.max_prompt_length)
         service.check_size(len(prompts) * n, "prompt")
         count(len(prompts) * n)
         prompts = encode_prompts(service.tokenizer, prompts)
-        sequences = [prompt for prompt in prompts for _ in range(n)]
-        echo = [""] * len(sequences)
+        if body.logprobs is not None:
+            check_context(prompts, service.about["context"])
+        echo = [""] * len(prompts)
         if body.echo:
-            texts = [service.tokenizer.decode(prompt) for prompt in prompts]
-            check_echo(texts, n, settings.max_body_size)
-            echo = [text for text in texts for _ in range(n)]
-        max_length = body.max_tokens or min(DEFAULT_MAX_TOKENS, settings.max_length_limit)
-        job = submit(service, body, sequences, "prompt", max_length)
+            echo = [service.tokenizer.decode(prompt) for prompt in prompts]
+            check_echo(echo, n, settings.max_body_size)
+        max_length = min(DEFAULT_MAX_TOKENS, settings.max_length_limit)
+        if body.max_tokens is not None:
+            max_length = max(1, body.max_tokens)
+        job = submit(service, body, [prompt for prompt in prompts for _ in range(n)], "prompt",
+                     max_length, body.logprobs, bool(body.echo) and body.logprobs is not None)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         n_prompt_tokens = sum(len(prompt) for prompt in prompts)
-        answer = CompletionAnswer(job, service.name, n_prompt_tokens, echo, include_usage)
+        answer = CompletionAnswer(
+            job, service.name, n_prompt_tokens, [text for text in echo for _ in range(n)],
+            only_echo=body.max_tokens == 0, include_usage=include_usage)
         return respond(job, answer, body.stream)
 
     @app.post("/v1/chat/completions")
     def chat():
         raise ApiError(404, "this is a base model, which continues a text and does not chat: use "
                        "POST /v1/completions with a prompt", code="not_a_chat_model")
-
-
-def read_body(model):
-    """The request's body as an instance of the pydantic model. Raises ApiError 400 and 415."""
-    from flask import request
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise ApiError(415, f"the body is compressed (Content-Encoding: {encoding[:50]}): "
-                       "expected plain JSON")
-    if request.mimetype != "application/json":
-        raise ApiError(415, f"the content type is {request.mimetype[:50]!r}: "
-                       "expected application/json")
-    return parse_body(model, request.get_data(cache=False))
 
 
 def check_model_name(service, name):
@@ -347,42 +336,15 @@ def check_model_name(service, name):
                        "model", "model_not_found")
 
 
-def submit(service, body, prompts, field, max_length):
+def submit(service, body, prompts, field, max_length, n_logprobs=None, of_prompt=False):
     """Queue a sequence for each prompt, sampled as the body says. Returns the Job."""
     from flask import request
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     temperature = 1.0 if body.temperature is None else body.temperature
     return service.submit(
-        prompts, field, stop, disconnect_check(request.environ),
+        prompts, field, stop, disconnect_check(request.environ), n_logprobs, of_prompt,
         max_length=max_length, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
         seed=body.seed)
-
-
-def respond(job, answer, stream):
-    """The HTTP response for a job: its events as they come, or one body when it is done.
-
-    An error before the first event still gets its HTTP status; a later one is sent as an event.
-    """
-    from flask import Response, jsonify
-    events = answer.events()
-    if not stream:
-        try:
-            for _ in events:  # an answer collects its texts as its events pass
-                pass
-        finally:
-            job.close()
-        return jsonify(answer.build_body())
-    try:
-        first = next(events)
-    except BaseException:
-        job.close()
-        raise
-    # X-Accel-Buffering: nginx passes events on as they come
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    response = Response(sse_stream(chain([first], events)), mimetype="text/event-stream",
-                        headers=headers)
-    response.call_on_close(job.close)  # at the end of the text, or when the client disconnects
-    return response
 
 
 def register_status_routes(app, service, settings, models):

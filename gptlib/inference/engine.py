@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from gptlib.inference.cpu_layers import use_cpu_layers
-from gptlib.inference.decode_step import compile_decode, make_decode_step, next_logits
+from gptlib.inference.decode_step import (compile_decode, make_decode_step, next_logits,
+                                          project_to_logits)
 from gptlib.inference.kv_cache import GroupedAttention, KVCache
+from gptlib.inference.logprobs import TokenLogprob, logprobs_from_hidden, logprobs_of
 from gptlib.inference.prefix_cache import PrefixCache
 from gptlib.inference.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
@@ -30,9 +32,13 @@ class Sequence:
     finish_reason: None until it ends, then "stop" (at the stop token, which is not in tokens),
     "length", "error" (the exception is in `error`), or the reason given to cancel(). seed: repeats
     the sample. n_reused: how many tokens of the prompt were in the cache already.
+
+    n_logprobs: None, or how many of the likeliest tokens to name beside each sampled one; then
+    `logprobs` has a TokenLogprob for each sampled token, the stop token included. With of_prompt
+    `prompt_logprobs` has one for each token of the prompt, which must fit the context.
     """
 
-    def __init__(self, prompt, params):
+    def __init__(self, prompt, params, n_logprobs=None, of_prompt=False):
         self.prompt = list(prompt)
         self.max_length = params.max_length
         self.sampling = (params.temperature, params.top_k, params.top_p)
@@ -48,6 +54,10 @@ class Sequence:
         self.pos = 0  # how many of these tokens the cache holds
         self.n_reused = 0
         self.n_sampled = 0  # tokens sampled, including those not collected yet
+        self.n_logprobs = n_logprobs
+        self.of_prompt = of_prompt
+        self.logprobs = []
+        self.prompt_logprobs = [TokenLogprob(self.prompt[0], None, [])] if of_prompt else []
 
     def window(self):
         """The tokens from window_start on, which the model has to read."""
@@ -134,14 +144,17 @@ class Engine:
         depth = self.decode_step.async_depth if async_depth is None else async_depth
         self.async_depth = depth
 
-    def submit(self, prompt, params=None, **settings):
+    def submit(self, prompt, params=None, n_logprobs=None, of_prompt=False, **settings):
         """Queue token ids to be continued; returns the Sequence.
 
-        params: SamplingParams, or its fields by name. Of a prompt that is longer than the context
-        the last block_size tokens count. Raises UserError for settings out of range.
+        params: SamplingParams, or its fields by name. n_logprobs, of_prompt: see Sequence. Of a
+        prompt that is longer than the context the last block_size tokens count. Raises UserError
+        for settings out of range.
         """
-        sequence = Sequence(prompt, params or SamplingParams(**settings))
-        assert sequence.prompt, "a prompt needs at least one token"
+        params = params or SamplingParams(**settings)
+        assert len(prompt) > 0, "a prompt needs at least one token"
+        assert not of_prompt or len(prompt) <= self.block_size
+        sequence = Sequence(prompt, params, n_logprobs, of_prompt)
         sequence.window_start = max(0, len(sequence.prompt) - self.block_size)
         self.waiting.append(sequence)
         return sequence
@@ -217,7 +230,8 @@ class Engine:
         while self._take_waiting():
             filling = self.filling
             try:
-                if previous and previous[0] == filling.tokens:
+                is_twin = previous and previous[0] == filling.tokens
+                if is_twin and not filling.sequence.of_prompt:
                     # several samples of one prompt: it is read once
                     logits = previous[2]
                     self._claim_slot(previous[1], len(filling.tokens))
@@ -259,16 +273,27 @@ class Engine:
     def _fill(self, n):
         """Read up to n more tokens; returns the next logits, (1, vocab_size), after the last."""
         filling, sequence = self.filling, self.filling.sequence
+        # who asks for the log-probabilities of a prompt has all of it read
+        is_whole = sequence.of_prompt and not sequence.n_sampled
         if filling.slot is None:
-            self._claim_slot(*self.prefixes.find(filling.tokens, self.live))
+            found = (None, 0) if is_whole else self.prefixes.find(filling.tokens, self.live)
+            self._claim_slot(*found)
         end = min(sequence.pos + n, len(filling.tokens))
-        logits = self._read(filling.tokens, sequence.pos, end, filling.slot)
+        x = self._read(filling.tokens, sequence.pos, end, filling.slot)
+        logits = None
+        if end == len(filling.tokens):
+            logits = project_to_logits(self.model.lm_head, x[:, -1])
+        if is_whole:
+            targets = filling.tokens[sequence.pos + 1:end + 1]
+            sequence.prompt_logprobs += logprobs_from_hidden(
+                self.model.lm_head, x[0, :len(targets)], targets, self.n_vocab,
+                sequence.n_logprobs)
         sequence.pos = end
         self.prefixes.hold(filling.slot, sequence)
         return logits
 
     def _read(self, tokens, start, end, slot):
-        """Fill a slot with tokens[start:end]; returns the next logits, None before the last."""
+        """Fill a slot with tokens[start:end]; returns their hidden states, (1, T, n_embd)."""
         idx = self._to_device([tokens[start:end]])
         # nearly every prompt has a length of its own
         with without_cudnn_attention(self.device):
@@ -277,9 +302,7 @@ class Engine:
             else:
                 pos = torch.arange(start, end, device=self.device)[None]  # (1, end - start)
                 attention = self.cache.narrow(slot, 1, end).at(pos)
-            if end == len(tokens):
-                return next_logits(self.model, idx, attention)
-            self.model.hidden(idx, attention)
+            return self.model.hidden(idx, attention)
 
     def _make_live(self):
         """Let the sequence that has been filled be decoded; returns its slot."""
@@ -384,6 +407,10 @@ class Engine:
             for sampling, rows in rows_by_sampling.items():
                 rows = self._to_device(rows)
                 tokens[rows] = sample_next(logits[rows], *sampling, noise=noise[rows])
+        for row, sequence in enumerate(sequences):
+            if sequence.n_logprobs is not None:
+                sequence.logprobs += logprobs_of(logits[row:row + 1], tokens[row],
+                                                 sequence.n_logprobs)
         self.pending.append(SampledTokens(sequences, *self.decode_step.copy_to_host(tokens)))
         for row in reversed(range(len(sequences))):
             if sequences[row].n_sampled == sequences[row].max_length:

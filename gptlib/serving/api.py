@@ -1,4 +1,4 @@
-"""The HTTP interface: bodies of requests, answers, errors and the OpenAPI description.
+"""The HTTP interface: bodies of requests, errors and the OpenAPI description.
 
 The ranges of the sampling settings are those of SamplingParams; only the limits that are the
 server's own (how long, how many) are stated here.
@@ -7,8 +7,6 @@ server's own (how long, how many) are stated here.
 import codecs
 import dataclasses
 import json
-import time
-import uuid
 from typing import Annotated, Literal
 
 from gptlib.common import UserError
@@ -21,8 +19,9 @@ VERSION = "1.0.0"
 
 MAX_TOP_K = 10**6  # far above any vocabulary
 MAX_SEED = 2**63 - 1  # the largest integer that every JSON client can send
-MAX_STOP_TEXTS = 4  # as OpenAI's API has it
+MAX_STOP_TEXTS = 64  # OpenAI's API has 4, clients that evaluate send more
 MAX_STOP_LENGTH = 200  # characters
+MAX_LOGPROBS = 5  # as OpenAI's API has it
 MAX_NAME_LENGTH = 500  # characters
 MAX_ENTRIES = 10  # in an object within a body
 DEFAULT_MAX_LENGTH = 100  # of /generate
@@ -201,8 +200,9 @@ def completion_body(prompt_limit, length_limit, capacity):
             None, max_length=MAX_NAME_LENGTH, description="the name that /v1/models lists")
         prompt: Prompt = Field(
             max_length=prompt_limit, description=describe_prompt(prompt_limit))
-        max_tokens: int | None = sampling_field(
-            "max_length", min(DEFAULT_MAX_TOKENS, length_limit), length_limit)
+        max_tokens: int | None = number_field(
+            int, min(DEFAULT_MAX_TOKENS, length_limit), 0, length_limit,
+            note=": new tokens at most, a sample; 0 with echo alone")
         temperature: float | None = sampling_field("temperature", 1.0)
         top_k: int | None = sampling_field("top_k", None, MAX_TOP_K, "; null: from all")
         n: int | None = number_field(int, 1, 1, capacity)
@@ -213,6 +213,9 @@ def completion_body(prompt_limit, length_limit, capacity):
         user: str | None = Field(
             None, max_length=MAX_NAME_LENGTH,
             description=f"a text of at most {MAX_NAME_LENGTH} characters, which is ignored")
+        logprobs: int | None = number_field(
+            int, None, 0, MAX_LOGPROBS, note="; how many of the likeliest tokens to name beside "
+            "each token; not with stream")
         best_of: int | None = unsupported_field("the value of n")
         suffix: Literal[""] | None = unsupported_field("null")
         logit_bias: dict | None = unsupported_field("null", max_length=0)
@@ -268,6 +271,19 @@ def parse_body(model, data):
     raise wrong_value(model, field, values[field])
 
 
+def read_body(model):
+    """The request's body as an instance of the pydantic model. Raises ApiError 400 and 415."""
+    from flask import request
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"the body is compressed (Content-Encoding: {encoding[:50]}): "
+                       "expected plain JSON")
+    if request.mimetype != "application/json":
+        raise ApiError(415, f"the content type is {request.mimetype[:50]!r}: "
+                       "expected application/json")
+    return parse_body(model, request.get_data(cache=False))
+
+
 def wrong_value(model, field, value):
     """The ApiError for a field whose value is not as its description says."""
     found = json.dumps(value)
@@ -321,6 +337,25 @@ def encode_prompts(tokenizer, prompts):
     return encoded
 
 
+def check_completion(model, body):
+    """Raise ApiError 400 for fields of a completion that do not go together."""
+    if body.best_of not in (None, body.n or 1):
+        raise wrong_value(model, "best_of", body.best_of)
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens is 0: expected at least 1 without echo", "max_tokens")
+    if body.logprobs is not None and body.stream:
+        raise ApiError(400, "logprobs come with a whole answer, not with a stream: leave one of "
+                       "them out", "logprobs")
+
+
+def check_context(prompts, block_size):
+    """Raise ApiError 400 for a prompt of which the model would not see all."""
+    longest = max(map(len, prompts))
+    if longest > block_size:
+        raise ApiError(400, f"a prompt has {longest} tokens: expected at most {block_size}, the "
+                       "context of the model, with logprobs", "prompt")
+
+
 def check_echo(texts, n, limit):
     """Raise ApiError 400 if n copies of each prompt make an answer far longer than a request.
 
@@ -330,103 +365,6 @@ def check_echo(texts, n, limit):
     if n_characters > limit:
         raise ApiError(400, f"echo repeats {n_characters} characters of the prompts: expected at "
                        f"most {limit} beyond one copy of each; lower n", "echo")
-
-
-# -----------------------------------------------------------------------------
-# answers: events() for a stream, build_body() once all events have come
-
-
-class GenerateAnswer:
-    """The answer of /generate, for the samples of one job."""
-
-    def __init__(self, job, prompt, n_prompt_tokens, model_name):
-        self.job = job
-        self.prompt = prompt
-        self.n_prompt_tokens = n_prompt_tokens
-        self.model_name = model_name
-
-    def sample(self, index):
-        stream, sequence = self.job.streams[index], self.job.sequences[index]
-        return dict(generated_text=self.prompt + stream.text, tokens_generated=stream.n_tokens,
-                    finish_reason=sequence.finish_reason, seed=sequence.seed)
-
-    def events(self):
-        """A dict for each piece of text, and a last one for each sample with all about it."""
-        for index, piece in self.job.pieces():
-            if piece is not None:
-                yield dict(index=index, text=piece)
-            else:
-                yield dict(index=index, text="", **self.sample(index))
-
-    def build_body(self):
-        """The first sample, and the list of all samples if there are several."""
-        samples = [self.sample(index) for index in range(len(self.job.sequences))]
-        body = dict(prompt=self.prompt, **samples[0], model=self.model_name,
-                    prompt_tokens=self.n_prompt_tokens)
-        if len(samples) > 1:
-            body["samples"] = samples
-        return body
-
-
-class CompletionAnswer:
-    """The answer of /v1/completions, in OpenAI's form.
-
-    n_prompt_tokens: of all prompts, each counted once; echo: the text that comes before each
-    sequence's own; include_usage: whether a stream ends with the token counts.
-    """
-
-    def __init__(self, job, model_name, n_prompt_tokens, echo, include_usage):
-        self.job = job
-        self.n_prompt_tokens = n_prompt_tokens
-        self.echo = echo
-        self.include_usage = include_usage
-        self.head = dict(id=f"cmpl-{uuid.uuid4().hex}", object="text_completion",
-                         created=int(time.time()), model=model_name)
-
-    @staticmethod
-    def choice(index, text, finish_reason=None):
-        return dict(index=index, text=text, logprobs=None, finish_reason=finish_reason)
-
-    def chunk(self, choice):
-        """One event; with include_usage all but the last have a `usage` of null, as OpenAI's do."""
-        chunk = dict(**self.head, choices=[choice])
-        if self.include_usage:
-            chunk["usage"] = None
-        return chunk
-
-    def usage(self):
-        generated = sum(stream.n_tokens for stream in self.job.streams)
-        return dict(prompt_tokens=self.n_prompt_tokens, completion_tokens=generated,
-                    total_tokens=self.n_prompt_tokens + generated)
-
-    def events(self):
-        """A chunk for each echoed prompt, each piece of text and the end of each sequence."""
-        for index, text in enumerate(self.echo):
-            if text:
-                yield self.chunk(self.choice(index, text))
-        for index, piece in self.job.pieces():
-            has_ended = piece is None
-            finish_reason = self.job.sequences[index].finish_reason if has_ended else None
-            yield self.chunk(self.choice(index, piece or "", finish_reason))
-        if self.include_usage:
-            yield dict(**self.head, choices=[], usage=self.usage())
-
-    def build_body(self):
-        choices = []
-        for index, stream in enumerate(self.job.streams):
-            text = self.echo[index] + stream.text
-            choices.append(self.choice(index, text, stream.sequence.finish_reason))
-        return dict(**self.head, usage=self.usage(), choices=choices)
-
-
-def sse_stream(events):
-    """Events, dicts, as server-sent events; a JobError on the way becomes the last event."""
-    try:
-        for event in events:
-            yield f"data: {json.dumps(event)}\n\n"
-        yield "data: [DONE]\n\n"
-    except service.JobError as error:
-        yield f"data: {json.dumps(job_error(error).body())}\n\n"
 
 
 # -----------------------------------------------------------------------------

@@ -338,11 +338,12 @@ class Service:
             raise TooManySequences(
                 f"{field} makes {n} sequences: expected at most {self.capacity}", field)
 
-    def submit(self, prompts, field, stop, is_disconnected, **sampling):
+    def submit(self, prompts, field, stop, is_disconnected, n_logprobs=None, of_prompt=False,
+               **sampling):
         """Queue prompts, lists of token ids, as one Job; sequence i uses the seed `seed` + i.
 
-        sampling: the fields of SamplingParams. Raises a JobError if it cannot be accepted, and
-        UserError for settings out of range.
+        n_logprobs, of_prompt: as in Engine.submit. sampling: the fields of SamplingParams. Raises
+        a JobError if it cannot be accepted, and UserError for settings out of range.
         """
         params = SamplingParams(**sampling)
         n = len(prompts)
@@ -355,7 +356,7 @@ class Service:
             sequences = []
             for i, prompt in enumerate(prompts):
                 own = dataclasses.replace(params, seed=params.seed + i)
-                sequences.append(self.engine.submit(prompt, own))
+                sequences.append(self.engine.submit(prompt, own, n_logprobs, of_prompt))
             job = Job(self, sequences, stop, is_disconnected)
             self.jobs.add(job)
         self.metrics.prompt_tokens.inc(sum(len(prompt) for prompt in prompts))

@@ -30,8 +30,9 @@ model, home = serving.model, serving.home
 ROUTES = ["/generate", "/v1/completions"]
 
 # What the description cannot say: 1.0 is no whole number here; prompts have to be of the
-# vocabulary, and not empty; how many sequences they make counts too.
-BEYOND_SCHEMA = ["expected a whole number", "prompt", "sequences"]
+# vocabulary, and not empty; how many sequences they make counts too; some fields exclude others.
+BEYOND_SCHEMA = ["expected a whole number", "prompt", "sequences", "best_of", "max_tokens is 0",
+                 "logprobs come"]
 
 
 def memory(server):

@@ -68,7 +68,8 @@ def test_the_clients_address_is_what_the_trusted_proxies_say(hops, forwarded, ex
 @pytest.fixture(scope="module")
 def behind_proxy(home):
     settings = dict(RATE_LIMIT="4 per minute", TRUSTED_PROXIES="1", QUEUE_SIZE="20",
-                    ALLOWED_HOSTS="gpt2.example", CORS_ORIGINS="https://a.example,https://b.example")
+                    ALLOWED_HOSTS="gpt2.example",
+                    CORS_ORIGINS="https://a.example,https://b.example")
     with run_server(home, **settings) as server:
         yield server.ready()
 
