@@ -27,12 +27,12 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "bench"]
 
 # programs of other people, whose arguments are not checked
-OTHER_PROGRAMS = {"ollama", "printf",
+OTHER_PROGRAMS = {"ollama", "printf", "sbatch",
     "pip", "git", "curl", "cd", "export", "sleep", "until", "do", "done", "ssh", "ssh-keygen", "rsync",
     "tmux", "nvidia-smi", "docker", "mkdir", ".", "id", "echo",
 }
-# flags of gunicorn and Docker that the text mentions
-OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg"}
+# flags of gunicorn, Docker and Slurm that the text mentions
+OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue", "--ntasks-per-node"}
 OTHER_VARIABLES = ("TORCH_", "NCCL_", "GLOO_", "TIKTOKEN_")
 
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -366,6 +366,27 @@ def test_torchrun_gives_the_losses_of_one_process(device, data, expected, tmp_pa
     assert losses == pytest.approx(losses_of(tmp_path / "plain"), abs=5e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_on_one_gpu_equals_plain(device, data, tmp_path, optimizer):
+    """Guards against FSDP, Muon's exchange of rows or a checkpoint directory that fails for the
+    first time on several GPUs: one GPU goes through all of it."""
+    settings = {**TRAINING, "max_steps": 10, "checkpoint_interval": 5, "device": device.type,
+                "dtype": "bfloat16", "compile": not REHEARSAL, "optimizer": optimizer}
+    sharded = dict(settings, data_root=data, shard=True, largest_file=0)
+    train(TrainConfig(**{**settings, "compile": False}, data_root=str(data),
+                      log_dir=str(tmp_path / "plain")))
+    expected = losses_of(tmp_path / "plain")
+    done = run("train_gpt2.py", *flags(**sharded), cwd=tmp_path, nproc=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "log") == pytest.approx(expected, abs=0.02)
+    middle = tmp_path / "log" / "model_00005.pt"
+    assert middle.is_dir()
+    done = run("train_gpt2.py", *flags(**sharded, resume=True, checkpoint_path=middle),
+               cwd=tmp_path, nproc=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "log") == pytest.approx(expected, abs=0.02)
+
+
 def test_two_gpus_give_the_losses_of_one(device, data, tmp_path):
     """Guards against gradients that are not added up, and ranks on one another's GPU."""
     if device.type == "cuda" and torch.cuda.device_count() < 2:
