@@ -55,7 +55,7 @@ from benches.tokenizing import bench_tokenize
 from benches.training import bench_train
 from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.inference.quantize import QUANTIZE_CHOICES
-from train_gpt2 import PRESETS
+from gptlib.training.presets import PRESETS
 
 # -----------------------------------------------------------------------------
 # the command
