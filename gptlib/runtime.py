@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from gptlib.common import UserError, first_line, warn
 
-# Dense bf16 TFLOP/s (float16 where there is no bf16), from the makers' datasheets. A name that
-# begins another one comes after it.
+# Dense TFLOP/s in bf16 (in float16 if the GPU has no bf16), from the makers' datasheets. A name
+# that begins another one comes after it.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
     "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65,
@@ -74,8 +74,7 @@ def resolve_dtype(name, device):
 
 
 def prepare_device(device, deterministic=False, keep_memory=True):
-    """Set what holds for the whole process: the current GPU, precision of float32 products,
-    determinism, memory.
+    """Set up the process: its current GPU, the precision of float32 products, determinism, memory.
 
     On a CPU training is always deterministic: compiled code would add up the embedding's
     gradients in any order. On CUDA it is if `deterministic` is set, and then strictly (torch
@@ -94,24 +93,24 @@ def prepare_device(device, deterministic=False, keep_memory=True):
 
 
 def prepare_attention(device, dtype, block_size):
-    """On a CPU, have attention over short contexts in bfloat16 multiply whole matrices of scores;
-    for the whole process, until the next call.
+    """On a CPU, let attention over short contexts in bfloat16 multiply whole matrices of scores.
 
-    torch's flash attention is made for long contexts: without it a step of the demo takes an
-    eighth less time. The scores are rounded to bfloat16 before the softmax, and take memory.
+    This holds for the whole process, until the next call. torch's flash attention is made for long
+    contexts: without it a step of the demo takes an eighth less time. The scores are rounded to
+    bfloat16 before the softmax, and take memory.
     """
     if device.type != "cpu":
         return
     is_short = dtype == resolve_dtype("auto", device) == torch.bfloat16 and block_size <= 128
-    torch.backends.cuda.enable_flash_sdp(not is_short)  # in spite of its name for a CPU as well
-    # without a detour through float32
+    torch.backends.cuda.enable_flash_sdp(not is_short)  # in spite of its name, for a CPU as well
+    # keep the scores in bfloat16 instead of converting them to float32 and back
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(is_short)
 
 
 @contextlib.contextmanager
 def nondeterministic_algorithms():
-    """Allow any kernel for a while: drawing samples takes a cumulative sum, which on CUDA has no
-    deterministic kernel.
+    """A context that allows any kernel: drawing samples needs a cumulative sum, for which CUDA has
+    no deterministic kernel.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -144,7 +143,7 @@ def without_cudnn_attention(device):
 
 
 def device_name(device):
-    """What the log calls the device: the GPU's name, or "cpu", "mps"."""
+    """The device's name in the log: the GPU's, or "cpu", "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -185,8 +184,9 @@ def use_one_thread_if_small(model):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options); if a trial shows that no compiler works, a warning and the
-    model itself.
+    """The compiled model; if a trial shows that no compiler works, a warning and the model itself.
+
+    options: of torch.compile.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -197,8 +197,8 @@ def compile_model(model, device, **options):
 
 
 class skip_init(TorchFunctionMode):
-    """A context in which modules are made without random initial weights, for a model whose
-    weights are loaded next.
+    """A context that makes modules without random initial weights, since the weights are loaded
+    next.
 
     Drawing the weights of GPT-2 XL takes longer than loading them.
     """
