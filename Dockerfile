@@ -24,7 +24,7 @@ RUN if [ "$TORCH" = cpu ]; then \
     fi \
     && pip install --no-cache-dir -r requirements.txt
 
-# the six scripts, and the package they share with the page that serve.py serves
+# the scripts, and the package that they share, with the page that serve.py serves
 COPY *.py LICENSE ./
 COPY gptlib gptlib
 COPY benches benches

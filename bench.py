@@ -1,9 +1,9 @@
 """
-How fast each part is, beside its peers and beside what the machine can do at best.
+How fast each part is, beside other programs and beside what the machine can do at best.
 
-Figures drift over minutes, so contenders take turns in one run, and their ratios are what counts.
+A machine's speed drifts within minutes, so contenders take turns in one run: trust their ratios.
 
-Everything, then each by itself:
+All of them, then each by itself:
 $ python bench.py all
 $ python bench.py train --peer ../build-nanogpt
 $ python bench.py train --preset gpt2-medium --batch_size 32 --profile
@@ -30,8 +30,8 @@ How many of a model's samples are Python:
 $ python bench.py samples --checkpoint_path log/latest_checkpoint.pt
 
 A peer is a checkout: git clone https://github.com/karpathy/build-nanogpt, or .../nanoGPT.
-transformers is a peer where it is installed. Tables go to stderr while it runs, one JSON object to
-the last line of stdout. What was tried and what it brought: docs/speed.md.
+transformers is a peer if it is installed. Tables go to stderr while it runs; the last line of
+stdout is one JSON object. Results: docs/speed.md; what was tried: docs/experiments.md.
 """
 
 import json
@@ -55,7 +55,7 @@ from benches.tokenizing import bench_tokenize
 from benches.training import bench_train
 from gptlib.common import ArgumentParser, UserError, log, run_main
 from gptlib.inference.quantize import QUANTIZE_CHOICES
-from train_gpt2 import PRESETS
+from gptlib.training.presets import PRESETS
 
 # -----------------------------------------------------------------------------
 # the command
@@ -63,7 +63,7 @@ from train_gpt2 import PRESETS
 BENCHES = dict(floors=bench_floors, train=bench_train, decode=bench_decode, serve=bench_serve,
                tokenize=bench_tokenize, hellaswag=bench_hellaswag, checkpoint=bench_checkpoint,
                start=bench_start, growth=bench_growth, processes=bench_processes)
-# not part of `all`: they need a folder, a dataset or a checkpoint, and some of them hours
+# `all` leaves these out: they need a folder, a dataset or a checkpoint, and some take hours
 ALONE = dict(gpu=bench_gpu, several_gpus=bench_several_gpus, learning=bench_learning,
              samples=bench_samples)
 
@@ -94,7 +94,7 @@ def make_parser():
         help="train: micro-batches per step (default: depends on the device)")
     add("--eager", action="store_true", help="train: train_gpt2.py without torch.compile as well")
     add("--profile", action="store_true",
-        help="train: show where a step spends its time, with a trace in bench_trace.json")
+        help="train: a profile of a step, with a trace in bench_trace.json")
     add("--streams", type=int, nargs="+",
         help="decode, serve, gpu: how many sequences at once (default: 1 8, of gpu 1 8 64)")
     add("--length", type=int, default=100,
@@ -104,14 +104,14 @@ def make_parser():
         help="HellaSwag examples per turn (default: 32, of gpu all of them)")
     add("--source", default="memory", choices=("memory", "parquet"),
         help="tokenize: text in memory to arrays (default), or parquet files to shards")
-    add("--folder", default=".", help="checkpoint: where to write (default: the current folder)")
+    add("--folder", default=".", help="checkpoint: the folder to write to (default: this one)")
     add("--out", default="",
         help="gpu: the folder for gpu.json and gpu.md; learning: the folder of its runs")
     add("--presets", nargs="+", choices=tuple(PRESETS), metavar="PRESET",
         default=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
         help="gpu: the models to train; the first is decoded, scored and saved too "
              "(default: the four sizes of GPT-2)")
-    add("--picture", default="growth.png", help="growth: where to draw it (default: growth.png)")
+    add("--picture", default="growth.png", help="growth: the picture's file (default: growth.png)")
     add("--data_root", default="", help="learning: a dataset, as fineweb.py writes it")
     add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
     add("--steps", type=int, default=2000,
@@ -119,14 +119,14 @@ def make_parser():
     add("--adamw_embedding", type=float, default=1.0, metavar="RATIO",
         help="learning: AdamW's rate of the embeddings over that of the rest (default: 1)")
     add("--prompt", default="",
-        help="samples: what they continue (default: the prompt of the run's own samples)")
+        help="samples: the text that they continue (default: the prompt of the run's own samples)")
     add("--num_samples", type=int, default=100, help="samples: how many (default: 100)")
     add("--jobs", type=int, default=1, help="learning: runs at the same time (default: 1)")
     return parser
 
 
 def run_benches(args):
-    """The results of one bench, or of all of them, without those for which something is missing."""
+    """The results of one bench, or of all; of all, those that lack something are left out."""
     if args.what != "all":
         bench = {**BENCHES, **ALONE}[args.what]
         try:

@@ -102,7 +102,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         y = attention.attend(self.layer, q, k, v, self.dropout if self.training else 0.0)
-        # re-assemble all head outputs side by side
+        # put the outputs of all heads side by side again
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -140,7 +140,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.tokenizer = None  # the tiktoken.Encoding of its token ids, where that is known
+        self.tokenizer = None  # the tiktoken.Encoding of its token ids, if that is known
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -463,7 +463,7 @@ def create_model(cfg, start, tokenizer):
         start.check_fit(tokenizer, cfg.data_root, cfg.optimizer, cfg.shard, n_layer=cfg.n_layer,
                         n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size)
         return GPT.from_checkpoint(start.checkpoint, cfg.block_size, cfg.dropout)
-    # 50257 -> 50304: matrix kernels are fastest where the sizes are multiples of a power of two
+    # 50257 -> 50304: matrix kernels are fastest if sizes are multiples of a power of two
     vocab_size = math.ceil(tokenizer.n_vocab / 64) * 64
     return GPT(GPTConfig(cfg.block_size, vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                          cfg.dropout))
@@ -509,7 +509,7 @@ def train(cfg, start=Start(), world=distributed.World()):
     # device and precision
     device = runtime.resolve_device(cfg.device, world.local_rank if world.size > 1 else None)
     dtype = runtime.resolve_dtype(cfg.dtype, device)
-    # sharded weights are cast where they are used: the cache would keep whole copies of them
+    # sharded weights are cast for each use: the cache would keep whole copies of them
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32,
                               cache_enabled=not cfg.shard)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

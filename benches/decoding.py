@@ -15,7 +15,7 @@ from train_gpt2 import GPT, GPTConfig
 
 
 def gpt2_to_decode(args):
-    """Device, dtype and GPT-2 (124M) with random weights, as the flags ask for it."""
+    """(device, dtype, GPT-2 124M with random weights), as the flags say."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     torch.manual_seed(0)
@@ -128,7 +128,7 @@ def quantized_contenders(model, prompts, length, compile):
 
 
 def bench_quality(args):
-    """{"quality": what int8 loses on held-out text}, or nothing, where there is no checkpoint."""
+    """{"quality": what int8 loses on held-out text}, or {} if there is no checkpoint."""
     try:
         quality = measure_quality(args.checkpoint_path, args.device)
     except UserError as error:

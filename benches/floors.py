@@ -45,7 +45,7 @@ def datasheet_peak(device):
 
 
 def bench_floors(args):
-    """What the machine could do at best: matrix products, memory, the datasheet."""
+    """The machine's limits: matrix products, memory, the datasheet."""
     device = resolve_device(args.device)
     floors = {}
     for dtype in {resolve_dtype("auto", device), torch.float32}:

@@ -165,7 +165,7 @@ def gpu_hellaswag(args):
 
 
 def same_state(a, b):
-    """Whether two nests of dicts, lists and tensors are equal bit for bit, wherever they lie."""
+    """Whether two nests of dicts, lists and tensors are equal bit for bit, on any devices."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict):
@@ -222,7 +222,7 @@ def gpu_parts(args):
 
 
 def run_part(build, *args):
-    """Run a part in a process of its own. Returns its result; raises UserError where it fails."""
+    """Run a part in a process of its own. Returns its result; raises UserError if it fails."""
     process = ContenderProcess(build, args)
     try:
         process.receive(timeout=GPU_PART_TIMEOUT)

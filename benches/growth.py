@@ -21,7 +21,7 @@ def peak_memory(device):
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        # Not Linux. There ru_maxrss would not do: it begins with what the parent process had.
+        # Only outside of Linux: there ru_maxrss begins with what the parent process had.
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -91,7 +91,7 @@ def bench_growth(args):
                 seconds, peak = works["point"]()
             results[name].append(dict(at=n, seconds=seconds, bytes=peak))
             log(f"  {name} {n:5}: {seconds:7.3f} s a step, {peak / 2**30:5.2f} GiB")
-    title = (f"a training step of {args.preset}, eager: where it is not varied, "
+    title = (f"a training step of {args.preset}, eager: unless it is varied, "
              f"{preset['n_layer']} layers, {B} x {T} tokens")
     draw_growth(results, title, args.picture)
     return results

@@ -25,8 +25,8 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizer
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = (1, 2, 3)
 MAX_RATES = 8
-# The models, with the five rates of each optimizer, in the order in which they are tried. The
-# larger model is twice as wide, and begins at half of the rate that was best for the smaller one.
+# The models, and the five rates of each optimizer in the order in which they are tried. The larger
+# model is twice as wide, and begins at half of the rate that was best for the smaller one.
 SIZES = {
     "1.8M": dict(model=dict(n_layer=3, n_head=3, n_embd=192),
                  rates=dict(adamw=(4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2),
@@ -38,11 +38,11 @@ SIZES = {
 COMMON = dict(block_size=128, total_batch_size=2048, batch_size=16, shuffle=True, min_lr=0.0,
               lr_schedule="linear", compile=False, val_tokens=65536, hellaswag_examples=0,
               num_samples=0, log_interval=100, keep_checkpoints=1)
-# Muon's first runs have half of AdamW's tokens. Where they end above its loss longer ones follow,
-# otherwise shorter ones, until the loss lies between two lengths.
+# Muon's first runs have half of AdamW's tokens. If they end above its loss, longer ones follow,
+# otherwise shorter ones, until AdamW's loss lies between those of two lengths.
 LONGER = (0.65, 1.0)
 SHORTER = (1 / 4, 1 / 8, 1 / 16)
-DIVERGED = "not finite ten steps in a row"  # how train_gpt2.py ends where the rate is too high
+DIVERGED = "not finite ten steps in a row"  # how train_gpt2.py ends if the rate is too high
 
 
 def run_settings(size, optimizer, rate, steps, seed, **changes):
@@ -88,7 +88,7 @@ def run_training(out, size, settings):
     """Run one training, or what is left of it; returns what `summarize` makes of its log.
 
     A run whose gradients stopped being finite has no final loss. Raises UserError with the end of
-    its output where it fails otherwise, or where `out` holds this run on another dataset.
+    its output if it fails otherwise, or if `out` holds this run on another dataset.
     """
     folder = Path(out) / run_name(size, settings)
     logged = read_run(folder)
@@ -123,7 +123,7 @@ def summarize(folder, size, settings):
 
 
 def best_rate(runs):
-    """The rate of the run with the lowest loss; a loss that is no number counts as infinite."""
+    """The rate of the run with the lowest loss; a NaN counts as infinite."""
     def loss(run):
         return math.inf if run["loss"] is None else run["loss"]
     return min(runs, key=loss)["settings"]["max_lr"]
@@ -145,7 +145,7 @@ def tokens_to_loss(points, loss):
 
 
 def mean_loss(runs):
-    """The mean of final losses. Raises UserError where a run has none."""
+    """The mean of final losses. Raises UserError if a run has none."""
     for run in runs:
         if run["loss"] is None:
             raise UserError(f"{run['name']} has diverged: at this seed the best rate is too high")
@@ -188,7 +188,7 @@ class Experiment:
     def sweep(self):
         """{optimizer: its best rate on the dev split}.
 
-        Where the best rate is at an end of the grid, the sweep goes on beyond it, three times at
+        If the best rate is at an end of the grid, the sweep goes on beyond it, three times at
         most.
         """
         grids = {optimizer: list(SIZES[self.size]["rates"][optimizer]) for optimizer in OPTIMIZERS}

@@ -28,7 +28,7 @@ def read_definitions(file):
 def peer_classes(path, names):
     """The definitions of a peer's train_gpt2.py or model.py, as a module that has these names.
 
-    Raises UserError where neither file has them.
+    Raises UserError if neither file has them.
     """
     for file in (Path(path) / "train_gpt2.py", Path(path) / "model.py"):
         if file.is_file():

@@ -35,7 +35,7 @@ def read_rows(model, rows):
     """The mean loss in nats over the rows, and the likeliest token at each of their positions."""
     losses, choices = [], []
     batch = max(1, BATCH_TOKENS // rows.size(1))
-    device = model.transformer.wpe.weight.device
+    device = model.lm_head.weight.device
     for part in rows.to(device).split(batch):
         logits = model(part[:, :-1])[0].float().flatten(0, 1)
         losses.append(F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none").double())

@@ -12,7 +12,7 @@ TEMPERATURES = (0.0, 0.4, 0.6, 0.8, 1.0)
 
 
 def judge_python(text, is_cut):
-    """What Python says of a sample: "compiles", "unfinished" or "wrong".
+    """Python's verdict on a sample: "compiles", "unfinished" or "wrong".
 
     is_cut: whether the sample was cut off at its length, so that its last line is not to be judged.
     A text is unfinished if it is right so far and its end alone is missing: an open bracket, string

@@ -25,7 +25,7 @@ from gptlib.data.tokenizer import make_encoding, tokenizer_to_dict
 
 
 def offline_tokenizer():
-    """A tokenizer with as many tokens as GPT-2's, for which nothing has to be downloaded.
+    """A tokenizer with as many tokens as GPT-2's, made without a download.
 
     Nearly all of its tokens are letters, so that each is a piece of streamed text: half a
     character would be held back until the next token comes, and pieces could not be timed.
@@ -63,7 +63,8 @@ def request_completion(port, prompt, length, seed, stream, on_line=None):
 
 
 def clients(port, prompts, length, stream, first_tokens=None):
-    """One client for each prompt, all at once. first_tokens: a list for the times they waited."""
+    """One client for each prompt, all at once. first_tokens: a list that gets their waiting times.
+    """
     def work():
         with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
             answers = [pool.submit(request_completion, port, prompt, length, seed, stream)
@@ -191,7 +192,7 @@ def running_server(**settings):
 
 
 def write_checkpoint(model, folder):
-    """The model with a tokenizer that has to be downloaded from nowhere; returns the file."""
+    """Write a checkpoint whose tokenizer needs no download; returns the file."""
     checkpoint = Path(folder) / "gpt2_shape.pt"
     torch.save(dict(model=model.state_dict(), config=asdict(model.config),
                     tokenizer=tokenizer_to_dict(offline_tokenizer())), checkpoint)

@@ -1,4 +1,4 @@
-"""Seconds from the command to the first thing it does."""
+"""Seconds from a command to its first result."""
 
 import sys
 import tempfile
@@ -9,9 +9,8 @@ from fineweb import PrepareConfig, prepare
 
 
 def bench_start(args):
-    """Whole processes per second: a training run of one step, a sample of one token.
-
-    Beside `import torch`, which is most of it.
+    """Whole processes per second: a training run of one step and a sample of one token, beside
+    `import torch`, which takes most of either.
     """
     with tempfile.TemporaryDirectory() as folder:
         lines = [f"The {n} green bottles are hanging on the wall.\n" for n in range(20000)]

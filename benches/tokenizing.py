@@ -21,7 +21,7 @@ SHARD_SIZE = 10**7  # tokens; smaller than the recipe's, so that several are wri
 
 
 def load_pool_tokenizer():
-    """In a process of the original's pool: load the tokenizer once."""
+    """Load the tokenizer once in each process of the original's pool."""
     global enc
     enc = load_tokenizer("gpt2")
 
@@ -150,7 +150,7 @@ def bench_parquet(args):
           context.Pool(n_processes, load_pool_tokenizer) as pool):
         folder = Path(folder)
         write_parquet(folder / "hub", documents)
-        # as the original has it after its download: in Arrow files of its own
+        # the original finds its download in Arrow files of `datasets`
         rows = load_dataset(str(folder / "hub"), split="train", cache_dir=str(folder / "cache"))
 
         def in_new_folder(work):

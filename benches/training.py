@@ -1,4 +1,4 @@
-"""A training step beside build-nanogpt's, and where its time goes."""
+"""A training step beside build-nanogpt's, and its profile."""
 
 import tempfile
 import time
@@ -18,9 +18,9 @@ from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizer
 
 
 def training_shape(args):
-    """The model's config, micro-batch size and micro-steps that the flags ask for.
+    """The model's config, micro-batch size and micro-steps.
 
-    Where they leave it open: the preset's own on a GPU, and what fits a laptop elsewhere.
+    They are the flags'. Those not given are the preset's on a GPU, and fit a laptop elsewhere.
     """
     cuda = resolve_device(args.device).type == "cuda"
     preset = PRESETS[args.preset]
@@ -64,7 +64,7 @@ def training_ours(args, compile):
 
 
 def training_plain(args, peer, compile):
-    """A step of the plain loop around a peer's model or, where peer is empty, around ours."""
+    """A step of the plain loop around a peer's model or, if peer is empty, around ours."""
     config, B, micro_steps = training_shape(args)
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
@@ -169,7 +169,7 @@ def record_profile(work):
 
 
 def profile(work):
-    """Show where a step spends its time: a table on stderr, and a trace for a viewer.
+    """Profile a step: a table on stderr, and a trace for a viewer.
 
     The trace, for https://ui.perfetto.dev, is written to bench_trace.json.
     """

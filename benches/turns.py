@@ -1,4 +1,4 @@
-"""Contenders take turns, in this process or in ones of their own, and their ratios are shown."""
+"""Let contenders take turns, in this process or in ones of their own, and show their ratios."""
 
 import contextlib
 import multiprocessing
@@ -59,7 +59,7 @@ def dtype_name(dtype):
 
 
 def last_lines(text, count=10):
-    """The end of what a failed process wrote, without torchrun's own report that follows it."""
+    """The last lines that a failed process wrote, without torchrun's own report after them."""
     lines = [line for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines):
         if number > 0 and "failed (exitcode:" in line:
@@ -96,7 +96,7 @@ def serve_turns(pipe, build, args):
 class ContenderProcess:
     """A contender in a process of its own: calling it does one turn there and returns the result.
 
-    Raises UserError with the reason where building or a turn fails, or where the process dies.
+    Raises UserError with the reason if building or a turn fails, or if the process dies.
     """
     GRACE_SECONDS = 10  # from the request to end until the process is killed
 

@@ -1,5 +1,5 @@
-"""What every room shares: errors that the user can fix, the command line, files written
-atomically, messages.
+"""What every folder of the library uses: errors that the user can fix, the command line, files
+that are written completely or not at all, messages.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def run_main(main):
     """Call main(). A UserError becomes one line on stderr and exit code 1, Ctrl-C becomes exit
     code 130.
     """
-    # Windows encodes what goes to a file or a pipe in cp1252: a sample with another character
-    # must not end the run.
+    # On Windows a file or a pipe gets cp1252: a sample with a character that cp1252 lacks must not
+    # end the run.
     sys.stdout.reconfigure(errors="replace")
     try:
         main()
@@ -37,13 +37,13 @@ def run_main(main):
 
 
 def exit_with_error(message):
-    """Exit with code 1 after telling the user once what was wrong, also where torchrun started
-    several processes.
+    """Exit with code 1 after telling the user once what was wrong, even if torchrun started several
+    processes.
 
-    torchrun ends with a report of its own, fifty lines long; the message is handed to it and
-    stands at its end. Rank 0 goes first, and torchrun then ends the other ranks, which usually
-    have the same error. An error of another rank alone is reported by that rank a moment later.
-    If torchrun will restart the processes it writes no report, so the message is printed here.
+    torchrun ends with a report of its own, fifty lines long; it takes the message and prints it at
+    the end. Rank 0 exits first, and torchrun then ends the other ranks, which usually have the same
+    error. If only another rank has an error, that rank reports it a moment later. If torchrun will
+    restart the processes it writes no report, so the message is printed here.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not report:
@@ -81,8 +81,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def atomic_write(path, write):
     """Write a file through write(f), f a binary file, so that it is complete or not there at all.
 
-    Raises UserError when the disk is full or not writable; what was at `path` before is then
-    intact.
+    Raises UserError if the disk is full or not writable; the earlier file at `path` is then intact.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -133,8 +132,8 @@ def crc32_of_file(path):
 
 
 def sync_directory(path):
-    """Have the names in a directory written to the disk: a renamed file survives a power cut only
-    then.
+    """Write the names in a directory to the disk: only then does a renamed file survive a power
+    cut.
     """
     if not hasattr(os, "O_DIRECTORY"):  # Windows
         return
@@ -147,12 +146,12 @@ def sync_directory(path):
 
 @contextlib.contextmanager
 def atomic_directory(path):
-    """A directory to write files into; only at the end of the block, complete, does it get the
-    name `path`.
+    """A directory to write files into, which gets the name `path` only at the end of the block,
+    when it is complete.
 
-    Raises UserError where `path` exists and isn't empty, or when the disk is full or not writable.
+    Raises UserError if `path` exists and isn't empty, or if the disk is full or not writable.
     """
-    from safetensors import SafetensorError  # it is no OSError, and says the same
+    from safetensors import SafetensorError  # raised for a full disk, and no OSError
     path = Path(os.path.abspath(path))
     tmp = path.with_name(path.name + ".tmp")
     is_empty = path.is_dir() and not any(path.iterdir())
@@ -181,13 +180,13 @@ def atomic_directory(path):
 
 
 def first_line(error):
-    """The first line of another library's exception, or its name where it has no text."""
+    """The first line of another library's exception, or its class's name if it has no text."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
 def duration(seconds):
-    """Seconds as people say it: 42 s, 3 min 05 s, 2 h 07 min, 3.5 days; empty where not known."""
+    """Seconds as people say it: 42 s, 3 min 05 s, 2 h 07 min, 3.5 days; empty for None."""
     if seconds is None:
         return ""
     seconds = round(seconds)
@@ -220,12 +219,12 @@ def is_rank0():
 
 
 def log(text):
-    """Print a line to stderr at once: what is not the program's result."""
+    """Print a line to stderr at once, for everything that is not the program's result."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print0(text):
-    """Print a line on rank 0 alone, above a progress bar where there is one."""
+    """Print a line on rank 0 alone, above the progress bar if there is one."""
     if is_rank0():
         from tqdm import tqdm
         tqdm.write(text)

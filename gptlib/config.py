@@ -18,8 +18,8 @@ def setting(default, help, low=None, high=None, choices=None, above=None, option
             section=None):
     """A dataclass field with its help, range and choices.
 
-    low, high: the smallest and the largest value allowed; above: the value has to be larger than
-    this one. optional: None is a value too. section: in --help, a title above this field and those
+    low, high: the smallest and the largest value allowed; above: a number that the value has to
+    exceed. optional: None is allowed too. section: the title in --help above this field and those
     that follow it.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, above=above, optional=optional,
@@ -28,7 +28,7 @@ def setting(default, help, low=None, high=None, choices=None, above=None, option
 
 
 def describe_range(field):
-    """What a number has to be, in words: "1 to 10", "at least 1", "above 0 and up to 1"."""
+    """The range of a number in words: "1 to 10", "at least 1", "above 0 and up to 1"."""
     low, high, above = (field.metadata[key] for key in ("low", "high", "above"))
     if above is not None:
         return f"above {above}" if high is None else f"above {above} and up to {high}"
@@ -38,7 +38,7 @@ def describe_range(field):
 
 
 def in_range(field, value):
-    """Whether a number is in the field's range; NaN is in none that has a limit."""
+    """Whether a number is in the field's range; NaN is outside of every range with a limit."""
     low, high, above = (field.metadata[key] for key in ("low", "high", "above"))
     if low is not None and not value >= low:  # not 'value < low': NaN has to fail too
         return False
@@ -60,7 +60,7 @@ def check_settings(config, label=lambda name: f"--{name}"):
             continue
         if field.type is float and type(value) is int:
             value = float(value)
-            object.__setattr__(config, field.name, value)  # a frozen dataclass, too
+            object.__setattr__(config, field.name, value)  # works on a frozen dataclass too
         if type(value) is not field.type:
             raise UserError(f"{name} is {value!r}: expected {field.type.__name__}")
         choices = field.metadata["choices"]

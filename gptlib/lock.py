@@ -1,5 +1,4 @@
-"""One run per directory: a lock that vanishes with the process that holds it, even after kill
--9."""
+"""One run for each directory: a lock that ends with the process that holds it, even by kill -9."""
 
 import contextlib
 import json
@@ -16,12 +15,12 @@ locked_here = set()  # the directories that this process has locked
 
 @contextlib.contextmanager
 def lock_directory(path):
-    """Hold the lock of a directory, which is made where there is none, until the end of the block.
+    """Hold the lock of a directory until the end of the block; the directory is made if needed.
 
-    Raises UserError naming host and process where another process holds it. The operating system
+    Raises UserError with host and process if another process holds it. The operating system
     ends the lock with the process; the file .lock that stays behind only says who held it last.
-    Where the platform or the file system has no locks there is a warning, and the block runs
-    without one.
+    If the platform or the file system has no locks, a warning says so and the block runs without
+    one.
 
     fcntl.lockf rather than flock: network file systems (NFS) pass it on to the server, so it holds
     between hosts, and children that are forked do not inherit it and keep it alive. Such a lock
@@ -48,8 +47,10 @@ def lock_directory(path):
 
 
 def acquire(file, path):
-    """Whether the file could be locked; False, with a warning, where locks don't exist. UserError
-    where it is locked."""
+    """Whether the file could be locked; False, with a warning, if there are no locks here.
+
+    Raises UserError if another process has locked it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -67,8 +68,8 @@ def acquire(file, path):
 
 
 def write_owner(file):
-    """Write into the lock file who holds it. A full disk leaves the owner unnamed; the lock holds
-    all the same."""
+    """Write into the lock file who holds it. On a full disk the owner stays unnamed, and the lock
+    holds all the same."""
     start = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
     with contextlib.suppress(OSError):
@@ -79,7 +80,7 @@ def write_owner(file):
 
 
 def describe_owner(file):
-    """Who holds the lock, as far as its file tells."""
+    """Who holds the lock, in words, as far as its file says."""
     try:
         file.seek(0)
         owner = json.loads(file.read())

@@ -67,8 +67,7 @@ def resolve_dtype(name, device):
 
 
 def prepare_device(device, deterministic=False, keep_memory=True):
-    """Set what holds for the whole process: the current GPU, precision of float32 products,
-    determinism, memory.
+    """Set up the process: its current GPU, the precision of float32 products, determinism, memory.
 
     On a CPU training is always deterministic: compiled code would add up the embedding's
     gradients in any order. On CUDA it is if `deterministic` is set, and then strictly (torch
@@ -87,24 +86,24 @@ def prepare_device(device, deterministic=False, keep_memory=True):
 
 
 def prepare_attention(device, dtype, block_size):
-    """On a CPU, have attention over short contexts in bfloat16 multiply whole matrices of scores;
-    for the whole process, until the next call.
+    """On a CPU, let attention over short contexts in bfloat16 multiply whole matrices of scores.
 
-    torch's flash attention is made for long contexts: without it a step of the demo takes an
-    eighth less time. The scores are rounded to bfloat16 before the softmax, and take memory.
+    This holds for the whole process, until the next call. torch's flash attention is made for long
+    contexts: without it a step of the demo takes an eighth less time. The scores are rounded to
+    bfloat16 before the softmax, and take memory.
     """
     if device.type != "cpu":
         return
     is_short = dtype == resolve_dtype("auto", device) == torch.bfloat16 and block_size <= 128
-    torch.backends.cuda.enable_flash_sdp(not is_short)  # in spite of its name for a CPU as well
-    # without a detour through float32
+    torch.backends.cuda.enable_flash_sdp(not is_short)  # in spite of its name, for a CPU as well
+    # keep the scores in bfloat16 instead of converting them to float32 and back
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(is_short)
 
 
 @contextlib.contextmanager
 def nondeterministic_algorithms():
-    """Allow any kernel for a while: drawing samples takes a cumulative sum, which on CUDA has no
-    deterministic kernel.
+    """A context that allows any kernel: drawing samples needs a cumulative sum, for which CUDA has
+    no deterministic kernel.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -137,7 +136,7 @@ def without_cudnn_attention(device):
 
 
 def device_name(device):
-    """What the log calls the device: the GPU's name, or "cpu", "mps"."""
+    """The device's name in the log: the GPU's, or "cpu", "mps"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -170,8 +169,9 @@ def use_one_thread_if_small(model):
 
 
 def compile_model(model, device, **options):
-    """torch.compile(model, **options); if a trial shows that no compiler works, a warning and the
-    model itself.
+    """The compiled model; if a trial shows that no compiler works, a warning and the model itself.
+
+    options: of torch.compile.
     """
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -182,8 +182,8 @@ def compile_model(model, device, **options):
 
 
 class skip_init(TorchFunctionMode):
-    """A context in which modules are made without random initial weights, for a model whose
-    weights are loaded next.
+    """A context that makes modules without random initial weights, since the weights are loaded
+    next.
 
     Drawing the weights of GPT-2 XL takes longer than loading them.
     """

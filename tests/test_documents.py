@@ -24,15 +24,17 @@ from gptlib.config import shown_default
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "bench"]
+SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "plan", "bench"]
 
 # programs of other people, whose arguments are not checked
-OTHER_PROGRAMS = {"ollama", "printf", "sbatch",
-    "pip", "git", "curl", "cd", "export", "sleep", "until", "do", "done", "ssh", "ssh-keygen", "rsync",
-    "tmux", "nvidia-smi", "docker", "mkdir", ".", "id", "echo",
+OTHER_PROGRAMS = {
+    "pip", "git", "curl", "cd", "export", "sleep", "until", "do", "done", "ssh", "ssh-keygen",
+    "rsync", "tmux", "nvidia-smi", "docker", "mkdir", ".", "id", "echo", "ollama", "printf",
+    "sbatch",
 }
 # flags of gunicorn, Docker and Slurm that the text mentions
-OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue", "--ntasks-per-node"}
+OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue",
+               "--ntasks-per-node"}
 OTHER_VARIABLES = ("TORCH_", "NCCL_", "GLOO_", "TIKTOKEN_")
 
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -124,7 +126,7 @@ COMMANDS = all_commands()
 
 
 def unwrap_torchrun(words):
-    """`torchrun FLAGS script.py ARGS` as `python script.py ARGS`. An unknown flag of torchrun fails."""
+    """`torchrun FLAGS script.py ARGS` as `python script.py ARGS`. An unknown flag fails."""
     from torch.distributed.run import get_args_parser
     if words[0] != "torchrun":
         return words
@@ -133,7 +135,7 @@ def unwrap_torchrun(words):
 
 
 def script_of(words):
-    """The name of our script that a command runs, or "" when it runs something else."""
+    """The name of our script that a command runs, or "" if it runs something else."""
     if "python" not in words[:1] and "torchrun" not in words[:1]:
         return ""
     scripts = [word for word in unwrap_torchrun(words)[1:2] if word.endswith(".py")]
@@ -145,7 +147,7 @@ class Parsed(Exception):
 
 
 def parse_with_main(monkeypatch, script, args):
-    """Call a script's main() up to its parser; returns the parser."""
+    """Call a script's main() up to parse_args; returns the parser."""
     parse_args, parsers = ArgumentParser.parse_args, []
 
     def parse_and_stop(parser, args=None, namespace=None):
@@ -175,7 +177,7 @@ def check_script_command(monkeypatch, words):
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
 def test_command_is_accepted(monkeypatch, words):
-    """A flag, script, setting or value is renamed or mistyped, and a documented command stops working."""
+    """Guards against a documented command that stops working: a renamed flag, a mistyped value."""
     program, args = words[0], words[1:]
     if program == "gunicorn":
         from gunicorn.config import Config
@@ -197,7 +199,7 @@ def test_command_is_accepted(monkeypatch, words):
 
 
 def test_commands_show_every_script():
-    """The commands are no longer found in the documents, and the test above checks none of them."""
+    """Guards against commands that are no longer found, so that the test above checks none."""
     shown = {script_of(words) for words in COMMANDS.values()} - {""}
     assert shown == set(SCRIPTS)
 
@@ -205,15 +207,17 @@ def test_commands_show_every_script():
 @pytest.mark.parametrize("name", ["README.md", "docs/cloud.md", "docs/data.md", "docs/hosts.md",
                                   "docs/serving.md", "docs/speed.md"])
 def test_commands_are_found_in(name):
-    """A document writes its commands in a form that is not recognised, so they go unchecked."""
+    """Guards against commands in a form that is not recognised, so that they go unchecked."""
     assert [command for command in COMMANDS if command.startswith(f"{name}: ")] != []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_flags_in_the_text_exist(monkeypatch, document):
-    """The text mentions a flag, such as `--seed`, that no program has any more."""
+    """Guards against a flag in the text, such as `--seed`, that no program has any more."""
     from torch.distributed.run import get_args_parser
+    from plan import PlanConfig
     known = set(get_args_parser()._option_string_actions) | OTHER_FLAGS
+    known |= {f"--{field.name}" for field in dataclasses.fields(PlanConfig)}
     for script in SCRIPTS:
         parser = parse_with_main(monkeypatch, script, ["decode"] if script == "bench" else [])
         known |= set(parser._option_string_actions)
@@ -240,7 +244,7 @@ def local_links(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_linked_files_exist(document):
-    """A file is moved or renamed, and a link to it leads nowhere."""
+    """Guards against a link that leads nowhere after its file was moved or renamed."""
     paths = {path for path, _ in local_links(document) if path}
     missing = [path for path in paths if not (document.parent / path).exists()]
     assert missing == []
@@ -248,7 +252,7 @@ def test_linked_files_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_linked_headings_exist(document):
-    """A heading is renamed or moved to another document, and a link to it leads to the wrong place."""
+    """Guards against a link to a heading that was renamed or moved to another document."""
     missing = []
     for path, anchor in local_links(document):
         target = document.parent / path if path else document
@@ -258,7 +262,7 @@ def test_linked_headings_exist(document):
 
 
 def test_readme_links_to_every_document():
-    """A document is added to docs/ that no reader will find."""
+    """Guards against a document in docs/ that no reader will find."""
     linked = {path for path, _ in local_links(README)}
     assert {name_of(document) for document in DOCUMENTS[1:]} - linked == set()
 
@@ -284,24 +288,24 @@ def package_files():
 
 
 def test_tree_names_only_what_exists():
-    """A file is renamed or removed, and the tree in the README still shows it."""
+    """Guards against a tree in the README that shows a file which was renamed or removed."""
     missing = [path for path in tree_paths() if not (ROOT / path).exists()]
     assert missing == []
 
 
 def test_tree_lists_every_script():
-    """A script is added at the top without a line in the README's tree."""
+    """Guards against a script at the top without a line in the README's tree."""
     scripts = {path.name for path in ROOT.glob("*.py")}
     assert scripts - set(tree_paths()) == set()
 
 
-def test_rooms_list_every_file_of_the_package():
-    """A module is added to gptlib/, renamed or removed, and docs/rooms.md is forgotten."""
+def test_rooms_names_every_room():
+    """Guards against a folder or a ground file of gptlib/ that docs/rooms.md does not tell of."""
     text = (ROOT / "docs" / "rooms.md").read_text()
-    listed = re.findall(r"^\| `([\w./]+)` \|", text, re.M)
-    rooms = {name.removeprefix("gptlib/").split("/")[0] for name in package_files()}
-    there = {name if name.endswith(".py") else f"{name}/" for name in rooms}
-    assert sorted(listed) == sorted(there - {"__init__.py"})
+    named = set(re.findall(r"`(\w+/|\w+\.py)`", text))
+    first_parts = {name.removeprefix("gptlib/").split("/")[0] for name in package_files()}
+    rooms = {name if name.endswith(".py") else f"{name}/" for name in first_parts}
+    assert rooms - named == {"__init__.py"}
 
 
 # -----------------------------------------------------------------------------
@@ -309,25 +313,76 @@ def test_rooms_list_every_file_of_the_package():
 
 
 def test_readme_is_short():
-    """The README grows until nobody reads it; details belong to docs/."""
+    """Guards against a README that grows until nobody reads it."""
     lines = README.read_text().count("\n")
     assert lines <= 260, "move what is for one reader in ten to docs/"
 
 
-def test_status_box_is_near_the_top():
-    """The box that says what was never run is removed, or pushed down where it is overlooked."""
-    lines = README.read_text().splitlines()
-    boxes = [number for number, line in enumerate(lines, 1) if line.startswith("> **Status.**")]
-    assert len(boxes) == 1
-    assert boxes[0] <= 20
+NEVER_RUN = "## What was never run\n"
+
+
+def test_what_was_never_run_stands_after_the_results():
+    """Guards against a README that opens with what it lacks, or does not say it at all."""
+    text = README.read_text()
+    assert text.count(NEVER_RUN) == 1
+    assert text.index("## Results\n") < text.index(NEVER_RUN)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_only_the_status_box_says_what_never_ran(document):
-    """A second place says what was never run; the two then drift apart."""
-    outside = re.sub(r"^>.*$", "", prose(document), flags=re.MULTILINE)
-    claims = r"\b(?:never|not) (?:been )?(?:run|tried|tested|built)\b|\bno (?:GPU|machine with GPUs) was\b"
+def test_one_list_says_what_never_ran(document):
+    """Guards against a second place that says what was never run: the two then drift apart."""
+    outside = re.sub(rf"{NEVER_RUN}.*?(?=^## )", "", prose(document), flags=re.M | re.S)
+    outside = re.sub(r"\[[^\]]*\]\(#what-was-never-run\)", "", outside)
+    claims = (r"\b(?:never|not) (?:been )?(?:run|tried|tested|built)\b"
+              r"|\bno (?:GPU|machine with GPUs) was\b")
     assert re.findall(claims, outside, re.IGNORECASE) == []
+
+
+# -----------------------------------------------------------------------------
+# examples that a reader types one after the other, in one folder
+
+EXAMPLES = [README, *(ROOT / "docs" / name for name in ("data.md", "fineweb.md", "learning.md"))]
+
+
+def flag_value(words, flag):
+    """The value of `flag` in a command, or "" if it is not given."""
+    return words[words.index(flag) + 1] if flag in words else ""
+
+
+def example_commands(document, script):
+    """The words of each command of our script in a document's ```sh blocks."""
+    lines = [line for block in code_blocks(document, "sh")
+             for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words for line in lines for command in split_commands(line)
+                for words in split_prefixes(command)]
+    return [unwrap_torchrun(words) for words in commands if script_of(words) == script]
+
+
+@pytest.mark.parametrize("document", EXAMPLES, ids=name_of)
+def test_an_example_trains_into_its_own_folder(document):
+    """Guards against an example that continues, or samples from, whatever ran last."""
+    demo = ["python", "train_gpt2.py", "--preset", "demo"]
+    folders = [flag_value(words, "--log_dir") for words in example_commands(document, "train_gpt2")
+               if words != demo]
+    assert "" not in folders
+
+
+@pytest.mark.parametrize("document", EXAMPLES, ids=name_of)
+def test_an_example_samples_from_what_it_trained(document):
+    """Guards against a checkpoint in an example that no command before it has made."""
+    made = {flag_value(words, "--log_dir") for words in example_commands(document, "train_gpt2")}
+    paths = [flag_value(words, "--checkpoint_path")
+             for words in example_commands(document, "inference")]
+    used = {path.split("/")[0] for path in paths if path}
+    assert used - made - {"log"} == set()
+
+
+@pytest.mark.parametrize("document", EXAMPLES, ids=name_of)
+def test_a_dataset_is_not_written_among_the_texts(document):
+    """Guards against an example after which who removes the dataset removes the texts as well."""
+    for words in example_commands(document, "fineweb"):
+        texts, dataset = flag_value(words, "--files"), flag_value(words, "--data_root")
+        assert not texts or texts.split("/")[0] != dataset
 
 
 # -----------------------------------------------------------------------------
@@ -350,13 +405,13 @@ def check_table(document, name_pattern, config_class, label):
 
 
 def test_flag_table_is_up_to_date():
-    """A training flag is added, renamed or explained in another way, and docs/flags.md is forgotten."""
+    """Guards against docs/flags.md without a flag that was added, renamed or explained anew."""
     from train_gpt2 import TrainConfig
     check_table(ROOT / "docs" / "flags.md", r"--\w+", TrainConfig, lambda name: f"--{name}")
 
 
 def test_settings_table_is_up_to_date():
-    """A server setting is added, renamed or explained in another way, and docs/serving.md is forgotten."""
+    """Guards against docs/serving.md without a setting that was added, renamed or explained."""
     from serve import Settings
     check_table(ROOT / "docs" / "serving.md", "[A-Z_]+", Settings, str.upper)
 
@@ -382,7 +437,7 @@ def ignore_lines():
 
 
 def test_dockerignore_lets_in_what_is_copied():
-    """The build cannot find a file, or sends data and checkpoints to Docker along with the code."""
+    """Guards against a build that lacks a file, or sends data and checkpoints to Docker too."""
     first, *rest = ignore_lines()
     assert first == "*"
     let_in = [line.removeprefix("!") for line in rest if line.startswith("!")]
@@ -390,19 +445,19 @@ def test_dockerignore_lets_in_what_is_copied():
 
 
 def test_dockerignore_excludes_only_caches_afterwards():
-    """A later line of .dockerignore hides a folder of the package from the image."""
+    """Guards against a line of .dockerignore that hides a folder of the package from the image."""
     excluded = [line for line in ignore_lines()[1:] if not line.startswith("!")]
     assert excluded == ["**/__pycache__"]
 
 
 @pytest.mark.parametrize("pattern", copied_patterns())
 def test_copied_files_exist(pattern):
-    """A copied file is moved, and the build of the image fails."""
+    """Guards against a build that fails because a copied file was moved."""
     assert list(ROOT.glob(pattern)) != []
 
 
 def test_image_has_all_code():
-    """A module or a file of the page is missing from the image, which fails when it starts."""
+    """Guards against an image without a module or a file of the page, which fails at its start."""
     copied = set()
     for pattern in copied_patterns():
         for path in ROOT.glob(pattern):
@@ -413,12 +468,12 @@ def test_image_has_all_code():
 
 
 def test_image_keeps_the_folders_of_the_package():
-    """The package is copied to another place, where `import gptlib` and the page are not found."""
-    assert re.search(r"^WORKDIR /app$.*^COPY gptlib gptlib$", dockerfile(), re.MULTILINE | re.DOTALL)
+    """Guards against a package in another place, where it and the page are not found."""
+    assert re.search(r"^WORKDIR /app$.*^COPY gptlib gptlib$", dockerfile(), re.M | re.S)
 
 
 def test_image_has_a_folder_for_hellaswag():
-    """A user other than root cannot write the HellaSwag download, so evaluation fails in a container."""
+    """Guards against a HellaSwag download that a user other than root cannot write."""
     from gptlib.training.scoring import CACHE
     folder = CACHE.parent.relative_to(ROOT)
     assert f"/app/{folder}" in re.search(r"mkdir -m 1777 (.+)", dockerfile())[1].split()
@@ -426,7 +481,7 @@ def test_image_has_a_folder_for_hellaswag():
 
 @pytest.mark.parametrize("status, code", [(200, 0), (503, 1)])
 def test_health_check_reports_the_status(status, code):
-    """The health check has a mistake, and every container counts as unhealthy, or as healthy."""
+    """Guards against a health check by which every container is unhealthy, or healthy."""
 
     class Health(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
