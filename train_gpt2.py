@@ -226,10 +226,6 @@ class GPT(nn.Module):
         export_model(self, tokenizer or self.tokenizer, directory)
 
 
-def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, n_vocab, temperature=1.0, top_k=None, top_p=None,
              generator=None, dtype=None):
@@ -310,10 +306,8 @@ class TrainConfig:
     deterministic: bool = setting(False, "on CUDA, results repeat bit for bit, no TF32; slower")
     shard: bool = setting(False, "shard weights, gradients and optimizer state over the processes")
     shard_ranks: int = setting(0, "with --shard: processes that hold one copy; 0: all", 0)
-    reduce_each: bool = setting(False, "with --shard: add up gradients after each micro-batch, "
-                                "for less memory and more communication")
-    largest_file: int = setting(7 * 10**9, "with --shard: a model of more parameters is saved as a "
-                                "directory, by all processes", 0)
+    reduce_each: bool = setting(False, "with --shard: add up gradients after each micro-batch")
+    largest_file: int = setting(7 * 10**9, "with --shard: of more parameters, save a directory", 0)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory")
     recompute_every: int = setting(1, "with --recompute: of every n-th block only", 1)
 
@@ -495,6 +489,8 @@ def open_log(cfg, start, model, data, device, dtype, world, batch_size):
                                  data.description, data.tokenizer.name == "gpt2")
     console.print_run(facts, data.train.n_tokens)
     resumed_at = start.step if start.resumed else None
+    if start.resumed:
+        print0(f"resuming at step {start.step} of {cfg.max_steps}, token {start.position:,}")
     run_log = None
     if world.rank == 0:
         run_log = RunLog(cfg.log_dir, resumed_at, facts, cfg.wandb, cfg.tensorboard)
@@ -532,11 +528,7 @@ def train(cfg, start=Start(), world=distributed.World()):
     torch.manual_seed(cfg.seed + world.rank)  # dropout differs between ranks
     start.restore(optimizers, scaler, device, world.rank)
     start.release()  # main() holds it too, and the weights need not be in memory twice
-    if start.resumed:
-        print0(f"resuming at step {start.step} of {cfg.max_steps}, {start.position:,} tokens into "
-               "the run")
     step, position, val_loss, val_step = start.step, start.position, start.val_loss, start.val_step
-    best_loss = start.best_loss
     batch_size = cfg.batch_size or memory.choose_batch_size(
         raw_model, layout, cfg.optimizer, cfg.total_batch_size, device, autocast, dtype, world)
 
@@ -549,8 +541,10 @@ def train(cfg, start=Start(), world=distributed.World()):
     micro_batches = prefetch(data.train.micro_batches(position, cfg.total_batch_size, batch_size,
                                                       world, tokenizer.n_vocab), device)
     log = open_log(cfg, start, raw_model, data, device, dtype, world, batch_size)
-    as_directory = cfg.shard and count_parameters(raw_model) > cfg.largest_file
-    saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory)
+    n_parameters = sum(p.numel() for p in raw_model.parameters())
+    as_directory = cfg.shard and n_parameters > cfg.largest_file
+    saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory, cfg.keep_best,
+                  start.best_loss)
     with (log, saver, contextlib.closing(micro_batches),
           distributed.StopSignal(world, log.stop_waiting) as stop_signal):
         while True:
@@ -572,13 +566,10 @@ def train(cfg, start=Start(), world=distributed.World()):
                     log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
                 saver.thread.submit(log.draw)
 
-            # once in a while write a checkpoint, but not while the loss is high: a model that
-            # diverges must not replace the last good one
-            is_best = cfg.keep_best and 0 < step == val_step and val_loss < best_loss
-            best_loss = val_loss if is_best else best_loss
+            # once in a while write a checkpoint; one that diverges must not replace a good one
             due = step % cfg.checkpoint_interval == 0 and not log.is_loss_high
-            due = due or is_best or last_step or stop
-            if due and step > start.step:
+            is_best = step == val_step and saver.is_best(val_loss)
+            if (due or is_best or last_step or stop) and step > start.step:
                 log.flush()
                 rng = distributed.gather_from_all(runtime.get_rng(device), world)
                 saver.save(dict(
@@ -587,8 +578,7 @@ def train(cfg, start=Start(), world=distributed.World()):
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=scaler.state_dict(), rng=rng, train_config=cfg.as_given,
                     tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
-                    val_loss=val_loss, val_step=val_step, best_loss=best_loss),
-                    wait=last_step or stop, is_best=is_best)
+                    val_loss=val_loss, val_step=val_step), wait=last_step or stop)
             if last_step or stop:
                 break
 

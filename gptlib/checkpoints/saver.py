@@ -1,6 +1,7 @@
 """Saves checkpoints completely or not at all, from a thread while training goes on."""
 
 import contextlib
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -165,11 +166,15 @@ class Saver:
     """Writes checkpoints from a thread, one at a time, while training goes on.
 
     With as_directory every rank writes its share of a sharded model into a directory; otherwise
-    rank 0 writes one file. Raises UserError if a directory is wanted and the ranks share no disk.
+    rank 0 writes one file. With keep_best, best_checkpoint.pt becomes one whose validation loss is
+    below best_loss, the lowest so far. Raises UserError if a directory is wanted and the ranks
+    share no disk.
     """
 
-    def __init__(self, log_dir, keep, world=World(), as_directory=False):
+    def __init__(self, log_dir, keep, world=World(), as_directory=False, keep_best=False,
+                 best_loss=math.inf):
         self.log_dir, self.keep, self.world = log_dir, keep, world
+        self.keep_best, self.best_loss = keep_best, best_loss
         self.thread, self.writing = ThreadPoolExecutor(1), None
         if world.rank == 0:
             with contextlib.suppress(OSError):  # the first save will say what is wrong
@@ -185,18 +190,24 @@ class Saver:
     def __exit__(self, *error):
         self.thread.shutdown()
 
-    def save(self, state, wait=False, is_best=False):
+    def is_best(self, val_loss):
+        """Whether a checkpoint with this validation loss is to be kept as the best one."""
+        return self.keep_best and val_loss < self.best_loss
+
+    def save(self, state, wait=False):
         """Copy the state and write the copy in the background; with wait, return when it is on
         disk.
 
-        state: a nest of tensors and plain values, with "step". is_best: whether best_checkpoint.pt
-        becomes this one. Collective: every process calls it.
-        Raises UserError only with wait: otherwise a checkpoint that can't be written is a warning,
-        since the next one may be.
+        state: a nest of tensors and plain values, with "step", "val_step" and "val_loss".
+        Collective: every process calls it. Raises UserError only with wait: otherwise a checkpoint
+        that can't be written is a warning, since the next one may be.
         """
         if self.writing:  # one at a time: each holds a copy of the state
             self.writing.result()
-        state = {"version": CHECKPOINT_VERSION, **state}
+        is_best = state["step"] == state["val_step"] and self.is_best(state["val_loss"])
+        if is_best:
+            self.best_loss = state["val_loss"]
+        state = {"version": CHECKPOINT_VERSION, "best_loss": self.best_loss, **state}
         if self.group:
             write = self._start_directory(state, wait, is_best)
         else:
