@@ -16,7 +16,7 @@ from conftest import ROOT
 PACKAGE = "gptlib"
 BENCHES = "benches"
 HEAVY_PACKAGES = {
-    "datasets", "flask", "flask_limiter", "gguf", "gunicorn", "matplotlib", "prometheus_client",
+    "datasets", "flask", "gguf", "gunicorn", "limits", "matplotlib", "prometheus_client",
     "pyarrow", "pydantic", "tensorboard", "transformers", "waitress", "wandb",
 }
 MAX_COLUMNS = 100

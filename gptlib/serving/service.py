@@ -136,7 +136,7 @@ class Job:
                     piece = next(unfinished[index], None)
                 except TimeoutError:  # the engine's thread may hang: whoever waits keeps the time
                     self.cancel("timeout")
-                    piece = None
+                    raise self.deadline_passed() from None
                 if piece is None:
                     del unfinished[index]
                     self.check_finished(self.sequences[index])
@@ -147,10 +147,13 @@ class Job:
         if sequence.finish_reason == "cancelled":
             raise Disconnected("the client has disconnected")
         if sequence.finish_reason == "timeout":
-            limit = self.service.timeout
-            raise DeadlinePassed(f"not done within {limit:g} seconds (REQUEST_TIMEOUT)")
+            raise self.deadline_passed()
         if sequence.finish_reason not in ("stop", "length"):
             raise ModelFailed("the model failed on this request; the server's log says why")
+
+    def deadline_passed(self):
+        limit = self.service.timeout
+        return DeadlinePassed(f"not done within {limit:g} seconds (REQUEST_TIMEOUT)")
 
     def cancel(self, reason):
         for sequence in self.sequences:

@@ -257,7 +257,7 @@ def test_errors_of_the_command_are_one_line(home, server):
 
 
 def test_a_mac_that_has_taken_the_port_is_named(monkeypatch):
-    """macOS listens on port 5000 itself, and nobody who starts the server there knows of it."""
+    """Guards against a port that macOS itself has taken, which nobody who starts there knows."""
 
     def is_taken(*args, **how):
         raise OSError(48, "Address already in use")
@@ -289,6 +289,20 @@ def test_the_documents_have_every_setting():
     for f in dataclasses.fields(Settings):
         row = f"| `{f.name.upper()}` | {shown_default(f)} | {f.metadata['help']} |"
         assert row in text, f"neither README.md nor docs/serving.md has the row: {row}"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
+@pytest.mark.parametrize("body, status, expected", [
+    ('{"error": {"message": "too long"}}', 400, "too long"),
+    ("<html>Bad Gateway</html>", 502, "status 502 of a test: a proxy answered, not the server")])
+def test_the_page_can_read_any_error(body, status, expected):
+    """Guards against "Unexpected token '<'" as all that the page says of a proxy's error."""
+    script = (ROOT / "gptlib" / "serving" / "page" / "page.js").read_text()
+    function = re.search(r"async function errorMessage.*?\n}\n", script, re.DOTALL)[0]
+    answer = f"new Response({json.dumps(body)}, {{status: {status}, statusText: 'of a test'}})"
+    done = subprocess.run(["node", "-e", f"{function}errorMessage({answer}).then(console.log)"],
+                          capture_output=True, text=True, timeout=WAIT)
+    assert done.stdout == expected + "\n", done.stderr
 
 
 @pytest.fixture(scope="module")

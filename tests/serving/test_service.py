@@ -285,7 +285,7 @@ threading.Event.wait = deaf_wait
 
 
 def test_ctrl_c_ends_a_server_whose_waits_it_cannot_end(home):
-    """On Windows Ctrl-C did nothing: the handler would have run after a wait without an end."""
+    """Guards against Ctrl-C that does nothing on Windows: its handler runs when a wait has ended."""
     with run_server(home, DEAF_WHILE_WAITING) as server:
         server.ready()
         server.process.send_signal(signal.SIGINT)
