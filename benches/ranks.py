@@ -39,7 +39,8 @@ SMALL = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, total_batch_size=3
 LARGE = dict(max_steps=40, eval_interval=40, val_tokens=10**6, num_samples=4,
              checkpoint_interval=10**6)
 XL = dict(preset="gpt2-xl", batch_size=2, total_batch_size=2 * 2 * 8 * 1024, max_steps=3,
-          compile=False, hellaswag_examples=0, num_samples=0, val_tokens=1024, checkpoint_interval=10**6)
+          compile=False, hellaswag_examples=0, num_samples=0, val_tokens=1024,
+          checkpoint_interval=10**6)
 TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, total_batch_size=300, batch_size=2,
             max_steps=4, val_tokens=500, sample_length=8)
 SIZES = {  # settings of the small, the large and the largest model

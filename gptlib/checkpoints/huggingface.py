@@ -206,7 +206,7 @@ def to_transformers(model, n_vocab, eot=None):
         hf.load_state_dict(state, assign=True)
     except RuntimeError as error:  # a layer of another width
         reason = str(error).splitlines()[1].strip()[:200]
-        raise UserError(f"cannot export the model, since it is not plain GPT-2: {reason}") from error
+        raise UserError(f"cannot export the model: it is not plain GPT-2: {reason}") from error
     hf.tie_weights()
     require_same_logits(ours, hf.eval(), n_vocab)
     return hf.to(dtype)

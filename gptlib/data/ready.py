@@ -1,4 +1,4 @@
-"""Shards that others have made already: GPT-2 tokens in llm.c's .bin format on the Hugging Face Hub.
+"""Shards that others have made: GPT-2 tokens in llm.c's .bin format on the Hugging Face Hub.
 
 Tokenizing 10 billion tokens takes an hour on a good host; fetching the same takes minutes.
 """
@@ -71,7 +71,7 @@ def find_ready_set(name):
         return READY_SETS[name]
     if is_relative_path(name) and name.count("/") == 1:
         return ReadySet(name, name, "see its page")
-    raise UserError(f"--ready {name}: expected {', '.join(READY_SETS)}, or the name of a dataset on "
+    raise UserError(f"--ready {name}: expected {', '.join(READY_SETS)}, or a dataset's name on "
                     "the Hub such as somebody/shards")
 
 
@@ -166,7 +166,7 @@ def record(root, meta, records):
 
 
 def check_shard(path, name, token_sizes):
-    """What meta.json keeps of a shard. Raises UserError unless it is one of the vocabulary's tokens.
+    """What meta.json keeps of a shard. Raises UserError for a token outside of the vocabulary.
 
     token_sizes: bytes of text of each token; the text itself is not there, but its length is.
     """

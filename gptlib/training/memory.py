@@ -261,7 +261,8 @@ def fits(model, batch_size, device, autocast, world=World()):
         # A CPU raises no error that could be caught, the system kills the process. So the bytes are
         # estimated, for float32, on the safe side.
         tokens = batch_size * block_size
-        needed = (activation_bytes(model.config, tokens, bits=32) + logit_bytes(model.config, tokens)
+        needed = (activation_bytes(model.config, tokens, bits=32)
+                  + logit_bytes(model.config, tokens)
                   + working_bytes(model.config, tokens, bits=32))
         return needed < free_host_memory() / 2
     try:

@@ -91,7 +91,7 @@ def download(url, path):
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot download {url} ({e}). {remedy}") from e
     if len(data) > MAX_BYTES:
-        raise UserError(f"{url} is larger than {MAX_BYTES >> 20} MiB: it is not HellaSwag. {remedy}")
+        raise UserError(f"{url} has more than {MAX_BYTES >> 20} MiB: not HellaSwag. {remedy}")
     if len(data) < expected_size:
         raise UserError(f"the download of {url} ended after {len(data)} of {expected_size} bytes: "
                         f"try again. {remedy}")

@@ -16,6 +16,7 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 import plan as script
+from gptlib.checkpoints.start import Start
 from gptlib.common import UserError
 from gptlib.training.gpu_facts import (GPUS, MEASURED_MFU, find_gpu, peak_flops,
                                        published_mfu)
@@ -38,7 +39,7 @@ def settings(**flags):
 
 
 def create(cfg):
-    return create_model(cfg, None, GPT2_VOCABULARY)
+    return create_model(cfg, Start(), GPT2_VOCABULARY)
 
 
 def sizes_of(cfg):
@@ -320,7 +321,7 @@ def test_without_a_gpu_name_this_machine_is_measured():
     """Guards against figures of some GPU for a laptop."""
     cfg = settings(device="cpu", max_steps=2)
     vocabulary = SimpleNamespace(n_vocab=64)
-    create_small = lambda cfg: create_model(cfg, None, vocabulary)  # noqa: E731
+    create_small = lambda cfg: create_model(cfg, Start(), vocabulary)  # noqa: E731
     text = "\n".join(plan(cfg, PlanConfig(), create_small, []))
     assert "measured uncompiled, 4 x 32 tokens" in text
     assert "type: python train_gpt2.py --batch_size 4" in text
@@ -333,7 +334,7 @@ def test_a_large_model_is_measured_in_parts():
 
     def create_small(cfg):
         made.append((cfg.n_layer, torch.empty(0).device.type))
-        return create_model(dataclasses.replace(cfg, n_embd=64), None, GPT2_VOCABULARY)
+        return create_model(dataclasses.replace(cfg, n_embd=64), Start(), GPT2_VOCABULARY)
 
     cfg = settings(n_layer=50, n_embd=1024, device="cpu", max_steps=2, batch_size=1)
     rate, how = measure_tokens_per_second(create_small, cfg, sizes_of(cfg), torch.device("cpu"),

@@ -151,7 +151,7 @@ def test_tensorboard_is_closed_after_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag, module", [
     ("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_package_is_told_before_anything_is_moved(tmp_path, monkeypatch, flag, module):
+def test_a_missing_package_is_told_before_any_move(tmp_path, monkeypatch, flag, module):
     """Guards against a log directory without its checkpoint, since the earlier run was moved away
     before the package was looked for."""
     folder = tmp_path / "log"
@@ -336,7 +336,7 @@ def test_a_mount_point_as_log_dir(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_file_on_another_disk_is_told_before_anything_is_moved(tmp_path, monkeypatch):
+def test_a_file_on_another_disk_is_told_before_any_move(tmp_path, monkeypatch):
     """Guards against half of an earlier run in a numbered folder, and the other half in log/."""
     folder = tmp_path / "log"
     write_run(folder)

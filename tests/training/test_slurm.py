@@ -1,6 +1,6 @@
 """docs/slurm.sh under a real Slurm: stopped twice before its limit, queued again, and finished.
 
-    python -m pytest -m slurm tests/training/test_slurm.py
+    python -m pytest tests/training/test_slurm.py -m slurm
 
 As root, with Debian's packages slurmctld, slurmd and munge; skipped elsewhere. Two nodes run on this
 machine, each with a slurmd of its own. They share its disk and its network.
