@@ -564,7 +564,7 @@ def train(cfg, start=Start(), world=distributed.World()):
                         raw_model, hellaswag, tokenizer, evaluator, world.rank, world.size))
                 if step > 0:
                     log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
-                saver.thread.submit(log.draw)
+                log.draw_in(saver.thread)
 
             # once in a while write a checkpoint; one that diverges must not replace a good one
             due = step % cfg.checkpoint_interval == 0 and not log.is_loss_high

@@ -48,6 +48,7 @@ class Console:
         self.pending = None  # the figures of a step that is not reported yet
         self.bad_steps = 0
         self.divergence = divergence
+        self.drawing = None  # a future
         self.signalled = False
         self.step_seconds = 20.0  # of the last step; of the first it is not known
         self.began, self.first_report = time.perf_counter(), None
@@ -210,6 +211,13 @@ class Console:
             print0(f"sample: {text}")
         if self.log and texts:
             self.log.note(step, "samples", texts=texts)
+
+    def draw_in(self, thread):
+        """Redraw in a thread, a ThreadPoolExecutor. What waits there to be drawn already will show
+        the latest records."""
+        waits = self.drawing and not (self.drawing.running() or self.drawing.done())
+        if self.log and not waits:
+            self.drawing = thread.submit(self.draw)
 
     def draw(self):
         """Redraw log.png and report.md."""

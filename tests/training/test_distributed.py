@@ -47,10 +47,16 @@ def losses(log_dir):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, questions, and `single`: the run of one process, which all share."""
+    """A folder with data and questions."""
     folder = tmp_path_factory.mktemp("distributed")
     write_dataset(folder / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
     write_hellaswag(folder / "hella.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """The folder with a run of one process in it, which several tests compare with."""
     train(folder, "single", checkpoint_interval=5)
     return folder
 
@@ -64,11 +70,11 @@ def train(folder, name, nproc=0, **settings):
 
 
 @pytest.mark.parametrize("nproc, batch_size", [(0, 3), (2, 4), (2, 3), (3, 3), (3, 8)])
-def test_losses_are_those_of_one_process(folder, nproc, batch_size):
+def test_losses_are_those_of_one_process(single, nproc, batch_size):
     """Guards against a loss that depends on the number of processes or the micro-batch."""
     name = f"{nproc}x{batch_size}"
-    train(folder, name, nproc, batch_size=batch_size)
-    assert losses(folder / name) == pytest.approx(losses(folder / "single"), abs=3e-5)
+    train(single, name, nproc, batch_size=batch_size)
+    assert losses(single / name) == pytest.approx(losses(single / "single"), abs=3e-5)
 
 
 def test_more_processes_than_rows_and_an_odd_batch(folder):
@@ -79,7 +85,7 @@ def test_more_processes_than_rows_and_an_odd_batch(folder):
     assert losses(folder / "odd0") == pytest.approx(losses(folder / "odd3"), abs=3e-5)
 
 
-def test_a_run_of_one_process_goes_on_on_two(folder):
+def test_a_run_of_one_process_goes_on_on_two(folder, single):
     """Guards against tokens skipped or read twice when the number of processes changes."""
     shutil.copytree(folder / "single", folder / "resumed", symlinks=True)
     (folder / "resumed" / "model_00010.pt").unlink()
