@@ -35,7 +35,7 @@ def write_with_a_bug(f):
 
 
 def test_atomic_write_keeps_what_was_there(tmp_path):
-    """A full disk or a bug while writing destroys the file that was there before."""
+    """Guards against a full disk, or a bug while writing, that destroys the earlier file."""
     path = tmp_path / "a"
     atomic_write(path, lambda f: f.write(b"old"))
     for write in (write_until_full, write_until_full_as_torch):
@@ -47,7 +47,7 @@ def test_atomic_write_keeps_what_was_there(tmp_path):
 
 
 def test_ctrl_c_exits_with_130():
-    """Ctrl-C prints a traceback."""
+    """Guards against a traceback after Ctrl-C."""
     def interrupted():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as leaving:
@@ -56,7 +56,8 @@ def test_ctrl_c_exits_with_130():
 
 
 def test_a_directory_is_synced_by_handles_that_may_write(tmp_path, monkeypatch):
-    """On Windows os.fsync refuses a file that is open to be read, so every --export failed."""
+    """Guards against an export that fails on Windows, whose os.fsync refuses files opened for
+    reading."""
     fcntl = pytest.importorskip("fcntl", reason="Windows itself shows it")
 
     def fsync(fd):
@@ -70,8 +71,8 @@ def test_a_directory_is_synced_by_handles_that_may_write(tmp_path, monkeypatch):
 
 
 def test_output_that_the_encoding_lacks_does_not_end_a_run():
-    """A sample with a Chinese character ends training on Windows, where stdout in a file is in
-    cp1252."""
+    """Guards against a Chinese character in a sample that ends training on Windows, where stdout in
+    a file is in cp1252."""
     code = "from gptlib.common import print0, run_main; run_main(lambda: print0('a\u4e2db'))"
     env = {**environment(), "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
@@ -79,7 +80,8 @@ def test_output_that_the_encoding_lacks_does_not_end_a_run():
 
 
 def test_under_torchrun_an_error_is_told_once_and_last(tmp_path):
-    """Every rank prints the user's error, and torchrun's traceback of fifty lines follows."""
+    """Guards against an error that every rank prints, followed by fifty lines of torchrun's
+    traceback."""
     done = run("train_gpt2.py", "--preset=nothing", cwd=tmp_path, nproc=2)
     assert done.returncode != 0
     assert done.stderr.count("--preset is 'nothing'") == 1

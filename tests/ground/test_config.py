@@ -45,7 +45,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Limits)}
     ("free", [-1e9, 1e9], []),
 ])
 def test_in_range_counts_a_limit_of_0_and_refuses_nan(name, allowed, refused):
-    """A limit of 0 is taken for none, or NaN passes since no comparison with it is true."""
+    """Guards against a limit of 0 that is taken for none, and NaN that passes since no comparison
+    with it is true."""
     for value in allowed:
         assert in_range(FIELDS[name], value), value
     for value in refused:
@@ -56,7 +57,7 @@ def test_in_range_counts_a_limit_of_0_and_refuses_nan(name, allowed, refused):
     ("up_to_0", "-5.0 to 0.0"), ("from_0", "at least 0"), ("above_0", "above 0.0 and up to 1.0"),
     ("only_above", "above 0.0"), ("optional", "1 to 3")])
 def test_ranges_are_described_with_limits_of_0(name, expected):
-    """The error tells half of the range where the other limit is 0."""
+    """Guards against an error that tells half of the range if the other limit is 0."""
     assert describe_range(FIELDS[name]) == expected
 
 
@@ -68,21 +69,24 @@ def test_ranges_are_described_with_limits_of_0(name, expected):
     (dict(free="1"), "--free is '1': expected float"),
 ])
 def test_check_settings_names_the_first_wrong_one(values, message):
-    """A value that is out of range, or None where it is not optional, is used in silence."""
+    """Guards against a value out of range, or a None that is not optional, which is used in
+    silence."""
     with pytest.raises(UserError) as error:
         check_settings(Limits(**values))
     assert str(error.value) == message
 
 
 def test_a_whole_number_becomes_a_float_where_one_is_expected():
-    """--max_lr 1 is refused, or an int goes into the checkpoint where a float was declared."""
+    """Guards against --max_lr 1 that is refused, or an int in the checkpoint in place of a float.
+    """
     limits = Limits(free=3)
     check_settings(limits)
     assert type(limits.free) is float
 
 
 def test_environment_variables_are_converted():
-    """A variable stays a text ("0" would be true), or an empty one is taken for a value."""
+    """Guards against a variable that stays a text ("0" would be true), or an empty one that counts
+    as a value."""
     env = dict(FROM_0="7", ABOVE_0="0.25", SWITCH="no", FREE="", OTHER="1")
     assert read_environment(Limits, env) == dict(from_0=7, above_0=0.25, switch=False)
 
@@ -92,7 +96,8 @@ def test_environment_variables_are_converted():
     (dict(FREE="much"), "FREE is 'much': expected a number"),
     (dict(SWITCH="perhaps"), "SWITCH is 'perhaps': expected true or false")])
 def test_a_wrong_environment_variable_is_named(env, message):
-    """A typing error in a service's environment ends in a traceback that does not name it."""
+    """Guards against a typing error in a service's environment that ends in a traceback without its
+    name."""
     with pytest.raises(UserError) as error:
         read_environment(Limits, env)
     assert str(error.value) == message
@@ -103,7 +108,8 @@ def test_a_wrong_environment_variable_is_named(env, message):
 
 
 def test_the_defaults_are_the_gpt2_recipe():
-    """`python train_gpt2.py` without flags trains something else than GPT-2 (124M)."""
+    """Guards against `python train_gpt2.py` without flags that trains something else than GPT-2
+    (124M)."""
     cfg = TrainConfig()
     recipe = dict(total_batch_size=524288, block_size=1024, max_steps=19073, warmup_steps=715,
                   max_lr=6e-4, min_lr=pytest.approx(6e-5), weight_decay=0.1, grad_clip=1.0,
@@ -113,7 +119,7 @@ def test_the_defaults_are_the_gpt2_recipe():
 
 
 def test_boolean_flags_take_three_forms():
-    """One of the forms is refused, or --compile=False is true since any text is."""
+    """Guards against a form that is refused, or --compile=False that is true since any text is."""
     assert parse_flags(["--compile"]) == {"compile": True}
     assert parse_flags(["--no-compile"]) == {"compile": False}
     assert parse_flags(["--compile=False"]) == {"compile": False}
@@ -121,7 +127,8 @@ def test_boolean_flags_take_three_forms():
 
 
 def test_explicit_flags_override_the_preset():
-    """A flag beside --preset is ignored, or the preset is not applied at all."""
+    """Guards against a flag beside --preset that is ignored, or a preset that is not applied at
+    all."""
     demo = parse_flags(["--max_steps", "7", "--preset", "demo"])
     assert demo["max_steps"] == 7
     assert demo["n_layer"] == PRESETS["demo"]["n_layer"]
@@ -129,7 +136,8 @@ def test_explicit_flags_override_the_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid(name):
-    """A preset fails its own checks, or gpt2 is not what no flags at all train."""
+    """Guards against a preset that fails its own checks, or a gpt2 that differs from no flags at
+    all."""
     cfg = TrainConfig(**parse_flags(["--preset", name]))
     if name == "gpt2":
         assert dataclasses.replace(cfg, preset="") == TrainConfig()
@@ -154,7 +162,8 @@ def test_every_preset_is_valid(name):
     (["--data_root", "nowhere"], "python fineweb.py --data_root nowhere"),
 ])
 def test_a_wrong_flag_gets_one_clear_line(tmp_path, argv, message, data_root, monkeypatch):
-    """A mistake ends in a traceback, or in a message that does not name the flag."""
+    """Guards against a mistake that ends in a traceback, or in a message without the flag's name.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(data_root=data_root), *argv])
     with pytest.raises(UserError) as error:
@@ -164,7 +173,7 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path, argv, message, data_root, mo
 
 
 def test_a_wrong_flag_ends_the_process_without_a_traceback(tmp_path):
-    """The error is right, and the process prints it with a traceback or exits with 0."""
+    """Guards against a right error that is printed with a traceback, or with exit code 0."""
     done = run("train_gpt2.py", "--max_step", "5", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().count("\n") == 0
@@ -172,7 +181,7 @@ def test_a_wrong_flag_ends_the_process_without_a_traceback(tmp_path):
 
 
 def test_the_documents_list_every_flag_with_its_default():
-    """A flag is added or explained in another way, and the table in the documents is forgotten."""
+    """Guards against documents without a flag that was added or explained anew."""
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(path.read_text() for path in paths)
     rows = []

@@ -39,8 +39,8 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused(holder, tmp_path):
-    """Two runs that write checkpoints of one name into one folder; the error has to say whose run
-    to look for."""
+    """Guards against two runs in one folder, and a refusal that does not say whose run to look for.
+    """
     with pytest.raises(UserError) as error:
         with lock_directory(tmp_path / "log"):
             pass
@@ -50,8 +50,8 @@ def test_a_second_process_is_refused(holder, tmp_path):
 
 
 def test_a_refused_process_does_not_end_the_lock(holder, tmp_path):
-    """With POSIX locks, closing a file can release a lock: the third run must be refused like the
-    second."""
+    """Guards against a refused process that releases a POSIX lock by closing its file, so that a
+    third gets it."""
     for _ in range(2):
         with pytest.raises(UserError, match=f"process {holder.pid} "):
             with lock_directory(tmp_path / "log"):
@@ -60,7 +60,8 @@ def test_a_refused_process_does_not_end_the_lock(holder, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_ends_with_its_process(holder, tmp_path, number):
-    """A lock that outlives kill -9 would keep --auto_resume from ever starting again."""
+    """Guards against a lock that outlives kill -9 and keeps --auto_resume from ever starting again.
+    """
     holder.send_signal(number)
     holder.wait(timeout=30)
     with lock_directory(tmp_path / "log"):
@@ -70,8 +71,8 @@ def test_the_lock_ends_with_its_process(holder, tmp_path, number):
 
 
 def test_the_lock_is_free_after_the_block(tmp_path):
-    """A lock that is kept after the block, or after an error in it, would refuse the next run of
-    the same process."""
+    """Guards against a lock kept after the block, or after an error in it, that refuses the next
+    run here."""
     with pytest.raises(KeyError):
         with lock_directory(tmp_path / "log"):
             raise KeyError
@@ -80,8 +81,8 @@ def test_the_lock_is_free_after_the_block(tmp_path):
 
 
 def test_the_same_process_is_refused_too(tmp_path):
-    """A process may take its own POSIX lock again, and would release both at the end of the inner
-    block."""
+    """Guards against a process that takes its own POSIX lock again, and releases both after the
+    inner block."""
     with lock_directory(tmp_path / "log"):
         with pytest.raises(UserError, match="in use by this very process"):
             with lock_directory(tmp_path / "other" / ".." / "log"):
@@ -89,7 +90,7 @@ def test_the_same_process_is_refused_too(tmp_path):
 
 
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
-    """Some network file systems have no locks: that must not keep anyone from training."""
+    """Guards against a network file system without locks on which nobody can train."""
     import fcntl
 
     def refuse(*args):
@@ -102,7 +103,7 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
 
 
 def test_without_fcntl_there_is_a_warning(tmp_path, monkeypatch, capsys):
-    """Windows has no fcntl: training has to run there all the same."""
+    """Guards against Windows, which has no fcntl, on which nobody can train."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with lock_directory(tmp_path):
         pass
@@ -111,15 +112,14 @@ def test_without_fcntl_there_is_a_warning(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", ["", "{", "3", '{"pid": 1}'])
 def test_an_owner_that_can_not_be_read(tmp_path, text):
-    """A full disk leaves an empty lock file: the refusal must not become a traceback about its
-    contents."""
+    """Guards against a traceback about a lock file that a full disk left empty."""
     with open(tmp_path / lock.LOCK_NAME, "w+") as file:
         file.write(text)
         assert lock.describe_owner(file) == "another process"
 
 
 def test_a_directory_that_can_not_be_made(tmp_path):
-    """A file where the directory should be has to give one line, not a traceback."""
+    """Guards against a traceback if a file stands in the directory's place."""
     (tmp_path / "log").write_text("")
     with pytest.raises(UserError, match="can't be written to"):
         with lock_directory(tmp_path / "log"):

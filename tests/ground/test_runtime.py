@@ -29,7 +29,8 @@ def handlers():
 
 
 def test_handlers_are_restored_after_an_error():
-    """A failed run leaves its signal handlers behind, and Ctrl-C no longer ends the program."""
+    """Guards against a failed run that leaves its signal handlers, after which Ctrl-C ends nothing.
+    """
     before = handlers()
     with pytest.raises(ZeroDivisionError):
         with StopSignal():
@@ -59,7 +60,8 @@ def test_torchruns_own_sigterm_is_no_second_one(torchrun, number):
 
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_the_first_signal_is_remembered_only(number):
-    """A signal ends the process before the step is saved, or the second one does not end it."""
+    """Guards against a first signal that ends the process before the step is saved, or a second one
+    that does not."""
     before = handlers()
     with StopSignal() as stop_signal:
         assert not stop_signal.received
@@ -92,7 +94,8 @@ def settings_of_torch(monkeypatch):
 
 
 def test_deterministic_on_cuda_is_strict_and_without_tf32(settings_of_torch):
-    """With a warning alone flash attention keeps its backward pass that is not deterministic."""
+    """Guards against a warning alone, with which flash attention keeps a backward pass that varies.
+    """
     device = torch.device("cuda", 3)
     prepare_device(device, deterministic=True)
     assert settings_of_torch == dict(enabled=True, warn_only=False, precision="highest",
@@ -100,7 +103,8 @@ def test_deterministic_on_cuda_is_strict_and_without_tf32(settings_of_torch):
 
 
 def test_cuda_is_fast_unless_determinism_is_asked_for(settings_of_torch):
-    """Every run on CUDA pays for the determinism that only --deterministic asks for."""
+    """Guards against runs on CUDA that pay for a determinism which only --deterministic asks for.
+    """
     device = torch.device("cuda", 3)
     prepare_device(device)
     assert settings_of_torch == dict(precision="high", device=device)
@@ -108,7 +112,8 @@ def test_cuda_is_fast_unless_determinism_is_asked_for(settings_of_torch):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_cpu_is_deterministic_with_warnings(settings_of_torch, deterministic):
-    """A CPU run ends with an error at a kernel that only CUDA has in a deterministic form."""
+    """Guards against a CPU run that ends at a kernel which only CUDA has in a deterministic form.
+    """
     prepare_device(torch.device("cpu"), deterministic)
     assert settings_of_torch == dict(enabled=True, warn_only=True)
 
@@ -147,7 +152,7 @@ def test_attention_of_short_contexts_multiplies_matrices(monkeypatch, dtype, blo
 
 @pytest.mark.parametrize("enabled,warn_only", [(True, False), (True, True), (False, False)])
 def test_sampling_restores_determinism_after_an_error(enabled, warn_only):
-    """Samples that fail leave the rest of the run without determinism, or only with warnings."""
+    """Guards against failed samples that leave the rest of the run without determinism."""
     def mode():
         return (torch.are_deterministic_algorithms_enabled(),
                 torch.is_deterministic_algorithms_warn_only_enabled())

@@ -181,7 +181,8 @@ def test_greedy_generation_equals_the_uncached_model():
 
 
 def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
-    """The recipe written out from the papers: accumulate, clip, AdamW with decoupled decay on matrices alone."""
+    """Guards against a step that is not the papers' recipe: accumulate, clip, AdamW with decoupled
+    decay on matrices alone."""
     settings = {**TINY, "max_steps": 10, "warmup_steps": 4, "max_lr": 3e-3}
     cfg = TrainConfig(**settings, data_root=str(data_root), log_dir=str(tmp_path / "log"))
     torch.manual_seed(cfg.seed)
@@ -254,9 +255,12 @@ def first_step(**settings):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_embeddings_learn_at_a_rate_of_their_own(optimizer):
-    """The first step of Adam moves each weight by the learning rate, whatever its gradient: by 1,
-    in units of that rate, and by 4 where the ratio is 4. Rows that no token uses get theirs from
-    the head."""
+    """Guards against a ratio that the embeddings do not get, or that other weights get too.
+
+    Adam's first step moves each weight by the learning rate, whatever its gradient: here by 1, in
+    units of that rate, and by 4 for the embeddings. Rows that no token uses have a gradient from
+    the head.
+    """
     moved = first_step(embedding_lr_ratio=4.0, optimizer=optimizer)
     for name, change in moved.items():
         if optimizer == "muon" and ".h." in name and change.dim() == 2:
@@ -355,7 +359,8 @@ def test_a_run_past_its_end_ends_at_once(tmp_path, data_root, monkeypatch, capsy
 
 
 def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root):
-    """The same losses as the eager run, evaluated and sampled on the way: torch.compile gets in the way of neither."""
+    """Guards against torch.compile that gets in the way of evaluation or samples, or changes the
+    losses."""
     losses = {}
     for compiled in (False, True):
         settings = {**TINY, "compile": compiled, "max_steps": 4, "eval_interval": 2}
@@ -394,7 +399,8 @@ def test_non_finite_gradients_are_skipped_and_ten_stop_the_run(tmp_path, data_ro
 
 @pytest.mark.parametrize("saved_scale,expected", [(None, 65536.0), (128.0, 128.0)])
 def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
-    """A run in bfloat16 saves {} as the scaler's state, and can't be resumed in float16."""
+    """Guards against a run in bfloat16, whose scaler state is {}, that can't be resumed in float16.
+    """
     def scaler(enabled, scale=65536.0):
         made = torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
         made.scale(torch.ones(1))
@@ -411,7 +417,7 @@ def test_float16_resumes_with_and_without_a_scaler_state(saved_scale, expected):
 
 
 def test_a_step_given_up_changes_nothing():
-    """The half step that a signal ends leaves gradients, or moves the weights or their moments."""
+    """Guards against half a step that leaves gradients, or moves the weights or their moments."""
     cfg = TrainConfig(**{**TINY, "total_batch_size": 96})
     model = GPT(GPTConfig(*SHAPES[1]))
     optimizers = configure_optimizers(model, cfg, torch.device("cpu"))
@@ -434,7 +440,8 @@ def test_a_step_given_up_changes_nothing():
 
 
 def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
-    """A signal before an evaluation of minutes is obeyed after it, and the host is gone by then."""
+    """Guards against a signal that is obeyed only after an evaluation of minutes, when the host is
+    gone."""
     evaluated = []
 
     def record(*args):
@@ -455,7 +462,8 @@ def test_no_evaluation_begins_after_a_signal(tmp_path, data_root, monkeypatch):
 
 
 def test_a_step_interrupted_by_sigterm_is_repeated_exactly(tmp_path, data_root, monkeypatch):
-    """Dropout's random numbers of the given-up step are lost, or its tokens are skipped."""
+    """Guards against dropout's random numbers of the given-up step that are lost, or its tokens
+    that are skipped."""
     settings = {**TINY, "dropout": 0.2, "batch_size": 1, "max_steps": 6, "num_samples": 0,
                 "auto_resume": True}
     forward = GPT.forward
@@ -489,7 +497,8 @@ def test_a_step_interrupted_by_sigterm_is_repeated_exactly(tmp_path, data_root, 
 
 @pytest.mark.parametrize("return_logits", [False, True])
 def test_training_has_no_gradient_for_the_logits(return_logits):
-    """The compiled backward pass reads a gradient of zeros as large as the logits: gigabytes."""
+    """Guards against a compiled backward pass that reads a gradient of zeros as large as the
+    logits: gigabytes."""
     from torch._dynamo.backends.common import aot_autograd
     inputs = []
 
@@ -513,7 +522,8 @@ def test_training_has_no_gradient_for_the_logits(return_logits):
 
 
 def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, monkeypatch):
-    """The second shape makes torch.compile recompile for any shape, which is slower ever after."""
+    """Guards against a second shape that makes torch.compile recompile for any shape, which is
+    slower ever after."""
     dynamic = []  # for each graph whether it has a size that varies
     compile_with = torch.compile
 
