@@ -429,7 +429,8 @@ def start_server(path, monkeypatch, data_root):
     settings = serve.read_settings(["--model_checkpoint", str(path), "--device", "cpu"])
     service = serve.create_app(settings).extensions["service"]
     service.start()
-    assert service.shutdown.wait(60), "the server serves"
+    service.thread.join(60)
+    assert service.error, "the server serves"
     raise service.error
 
 
