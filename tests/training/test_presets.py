@@ -28,18 +28,20 @@ def rate_of(*argv):
     (["--preset", "demo", "--optimizer", "adamw"], 6e-4),
 ])
 def test_the_rate_of_a_preset_and_optimizer(argv, rate):
-    """AdamW's rate for Muon wastes two thirds of what Muon brings; Muon's for AdamW diverges."""
+    """Guards against AdamW's rate for Muon, which wastes two thirds of what Muon brings, and Muon's
+    for AdamW, which diverges."""
     assert rate_of(*argv) == pytest.approx(rate)
 
 
 def test_a_resumed_run_keeps_its_rate():
-    """--optimizer muon on the command line that resumes must not bring back the default."""
+    """Guards against a command line with --optimizer muon that resumes and brings back the default
+    rate."""
     assert "max_lr" not in parse_flags(["--optimizer", "muon", "--auto_resume"])
 
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_muons_update_has_one_spectral_norm_at_any_width(width):
-    """The reason for the default's root of the width: a rate in another scale breaks it.
+    """Guards against a default rate in another scale, which the root of its width would not fit.
 
     The norm of the update is measured, on a square matrix and after one step of torch.optim.Muon.
     """
@@ -62,14 +64,14 @@ def test_muons_update_has_one_spectral_norm_at_any_width(width):
     ("wsd", [5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4]),
 ])
 def test_schedules_by_hand(schedule, rates):
-    """A schedule that ends above its end, or that falls at the wrong time."""
+    """Guards against a schedule that ends above its end, or that falls at the wrong time."""
     cfg = TrainConfig(max_steps=62, warmup_steps=2, max_lr=1e-3, min_lr=1e-4, lr_schedule=schedule)
     steps = [0, 1, 2, 22, 32, 42, 62]  # a third, a half and two thirds of the way down
     assert [get_lr(step, cfg) for step in steps] == pytest.approx(rates)
 
 
 def test_wsd_falls_in_the_last_fifth():
-    """The decay begins at 80 %, goes in a straight line, and never leaves the range."""
+    """Guards against a decay that begins before 80 %, is no straight line, or leaves the range."""
     cfg = TrainConfig(max_steps=100, warmup_steps=0, max_lr=1.0, min_lr=0.0, lr_schedule="wsd")
     assert [get_lr(step, cfg) for step in (79, 80, 85, 90, 95, 100, 200)] == pytest.approx(
         [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])

@@ -152,37 +152,41 @@ def assert_same_course(root, run, reference, first_step=0, rel=2e-5, other_choic
 
 @pytest.mark.parametrize("run", ["two_adamw", "four_adamw"])
 def test_sharded_adamw_equals_one_process(root, run):
-    """Gradients that are added up twice or too little, a clip by a rank's own norm, ranks that
-    read other tokens, or recomputed activations that differ."""
+    """Guards against gradients that are added up twice or too little, a clip by a rank's own norm,
+    ranks that read other tokens, or recomputed activations that differ."""
     assert_same_course(root, run, "one_adamw", rel=3e-6)
 
 
 def test_a_rank_without_validation_rows_takes_part(root):
-    """Two processes that wait for each other: one gathers weights, the other asks who does."""
+    """Guards against two processes that wait for each other: one gathers weights, the other asks
+    who does."""
     assert_same_course(root, "one_row", "one_row_alone", rel=3e-6)
 
 
 def test_a_batch_size_is_found_for_a_sharded_run(root):
-    """--batch_size 0 is refused, or each rank takes a size of its own and they hang."""
+    """Guards against a --batch_size 0 that is refused, or of which each rank takes a size of its
+    own and they hang."""
     assert_same_course(root, "searched", "one_step", rel=3e-6)
 
 
 # Newton-Schulz computes in bfloat16: a last digit of the gradients shows in the sixth of the loss
 @pytest.mark.parametrize("run", ["two_muon", "four_muon", "two_ddp"])
 def test_muon_of_several_processes_equals_one(root, run):
-    """An update of rows instead of whole matrices drifts by percents."""
+    """Guards against an update of rows instead of whole matrices, which drifts by percents."""
     assert_same_course(root, run, "one_muon", rel=1e-4)
 
 
 def test_sharded_bfloat16_follows_one_process(root):
-    """Sharded weights that are kept in bfloat16 lose the small updates; autocast keeps float32."""
+    """Guards against sharded weights in bfloat16, which lose the small updates; autocast keeps
+    float32."""
     assert_same_course(root, "half", "half_one", rel=2e-2, other_choices=2)
     state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["model"].values()} == {torch.float32}
 
 
 def test_sharded_float16_skips_the_same_steps(root):
-    """A rank that finds no overflow in its own rows goes on with another scale than the others."""
+    """Guards against a rank that finds no overflow in its own rows and goes on with another scale
+    than the others."""
     assert_same_course(root, "scaled", "scaled_one", rel=2e-2, other_choices=2)
     states = [torch.load(root / name / "model_00006.pt", weights_only=True)
               for name in ("scaled", "scaled_one")]
@@ -193,15 +197,15 @@ def test_sharded_float16_skips_the_same_steps(root):
     ("one_to_two", "one_muon", 2), ("two_to_one", "one_adamw", 2), ("two_to_ddp", "one_adamw", 2),
     ("two_to_four", "one_muon", 4), ("directory_to_one", "one_muon", 4)])
 def test_a_run_goes_on_in_another_layout(root, run, reference, step):
-    """A moment, a position or a random state that is lost where the number of ranks, the layout
-    or the kind of checkpoint changes."""
+    """Guards against a moment, a position or a random state that is lost if the number of ranks,
+    the layout or the kind of checkpoint changes."""
     assert_same_course(root, run, reference, first_step=step, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_sharded_run_starts_from_hugging_face(root, name):
-    """Rows of a matrix that should have been transposed, of another file, or half of a tie. The
-    only step has a learning rate of 0, so that the weights saved are those of the start."""
+    """Guards against rows of a matrix that should have been transposed, of another file, or half
+    of a tie. The only step has a learning rate of 0: the weights saved are those of the start."""
     ours = torch.load(root / f"from_{name}" / "model_00001.pt", weights_only=True)["model"]
     theirs = load_checkpoint(root / name)["model"]
     assert ours.keys() == theirs.keys()
@@ -211,7 +215,7 @@ def test_a_sharded_run_starts_from_hugging_face(root, name):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_in_several_processes(checks, check):
-    """What the function of that name in sharded_checks.py says."""
+    """Guards against what the function of that name in sharded_checks.py says."""
     for rank, results in enumerate(checks):
         assert results.get(check, "was not reached") == "ok", f"rank {rank}: {results.get(check)}"
 
@@ -230,7 +234,8 @@ def checks(tmp_path_factory):
 
 
 def test_the_file_of_a_sharded_run_is_an_ordinary_one(root):
-    """A file that only sharded runs can read, or that holds the tied matrix twice."""
+    """Guards against a file that only sharded runs can read, or that holds the tied matrix
+    twice."""
     ours = torch.load(root / "two_adamw" / "model_00006.pt", weights_only=True)
     theirs = torch.load(root / "one_adamw" / "model_00006.pt", weights_only=True)
     assert ours.keys() == theirs.keys()
@@ -253,7 +258,8 @@ def directory(root, tmp_path):
 
 
 def test_a_directory_holds_what_a_file_would(root, directory):
-    """A directory that is read with rows in another order, or without some of the state."""
+    """Guards against a directory that is read with rows in another order, or without some of the
+    state."""
     ours = load_checkpoint(directory)
     theirs = load_checkpoint(root / "one_muon" / "model_00006.pt")
     assert ours.keys() == theirs.keys()
@@ -267,20 +273,22 @@ def test_a_directory_holds_what_a_file_would(root, directory):
 
 
 def test_a_directory_holds_the_embedding_once(directory):
-    """A tie that is lost takes disk and memory of the largest tensor twice."""
+    """Guards against a tie that is lost, which takes disk and memory of the largest tensor
+    twice."""
     model = load_checkpoint(directory)["model"]
     assert model["transformer.wte.weight"].data_ptr() == model["lm_head.weight"].data_ptr()
 
 
 def test_only_the_newest_directories_stay(directory):
-    """Directories that pile up, or a latest_checkpoint.pt that names none of them."""
+    """Guards against directories that pile up, or a latest_checkpoint.pt that names none of
+    them."""
     names = sorted(path.name for path in directory.parent.glob("model_*"))
     assert names == ["model_00004.pt", "model_00006.pt"]
     assert os.readlink(directory.parent / "latest_checkpoint.pt") == "model_00006.pt"
 
 
 def test_inference_reads_a_directory(directory):
-    """Commands that take a file and not what a larger run wrote."""
+    """Guards against commands that take a file and not what a larger run wrote."""
     loaded = load_for_sampling(directory.parent / "latest_checkpoint.pt", "cpu", "float32")
     assert loaded.step == 6
     expected = load_checkpoint(directory)["model"]["transformer.h.2.mlp.c_fc.weight"]
@@ -289,7 +297,8 @@ def test_inference_reads_a_directory(directory):
 
 @pytest.mark.parametrize("largest", ["1GB", "50KB"])
 def test_a_directory_is_exported_for_transformers(directory, tmp_path, monkeypatch, largest):
-    """An export that knows only files, or that loses those of the weights but the first."""
+    """Guards against an export that knows only files, or that loses those of the weights but the
+    first."""
     from transformers import GPT2LMHeadModel
     save = functools.partialmethod(GPT2LMHeadModel.save_pretrained, max_shard_size=largest)
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
@@ -318,7 +327,8 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "state.pt"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_directory_is_skipped(directory, capsys, name, damage):
-    """Damaged bytes that become wrong weights in silence, or end a run that has another one."""
+    """Guards against damaged bytes that become wrong weights in silence, or end a run that has
+    another checkpoint."""
     DAMAGE[damage](directory / name)
     if directory.joinpath("state.pt").exists():
         with pytest.raises(UserError, match=name):
@@ -341,8 +351,9 @@ def killed(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_peak_of_a_sharded_step_is_planned(killed, name):
-    """The plan says that a sharded run fits which then is killed: by memory that malloc keeps, by
-    weights that stay gathered, or by an optimizer that handles all matrices at once."""
+    """Guards against a plan that says that a sharded run fits which then is killed: by memory that
+    malloc keeps, by weights that stay gathered, or by an optimizer that handles all matrices at
+    once."""
     cfg, config, _ = measured_settings(name, 2)
     with torch.device("meta"):
         sizes = model_sizes(GPT(config))
@@ -357,14 +368,14 @@ def test_the_peak_of_a_sharded_step_is_planned(killed, name):
 
 
 def test_a_rank_killed_while_saving_spoils_nothing(killed):
-    """A checkpoint that has its name before all ranks have written it, or an earlier one that is
-    removed before the next is whole."""
+    """Guards against a checkpoint that has its name before all ranks have written it, or an earlier
+    one that is removed before the next is whole."""
     folder = killed / "die_while_saving"
     assert [path.name for path in folder.glob("model_*.pt")] == ["model_00001.pt"]
     assert load_checkpoint(folder / "latest_checkpoint.pt")["step"] == 1
 
 
 def test_all_checkpoints_stay_with_keep_0(root):
-    """--keep_checkpoints 0, which keeps all, once removed every one."""
+    """Guards against a --keep_checkpoints 0, which keeps all, that removes every one."""
     names = sorted(path.name for path in (root / "one_adamw").glob("model_*"))
     assert names == ["model_00002.pt", "model_00004.pt", "model_00006.pt"]
