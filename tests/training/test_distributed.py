@@ -217,8 +217,8 @@ def test_a_restart_uses_keys_of_its_own(agent_store):
     for _ in range(2):
         env = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(agent_store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        ranks = [Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True,
-                       env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        ranks = [Popen([sys.executable, "-c", JOIN], cwd=ROOT, stdout=PIPE, stderr=STDOUT,
+                       text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in (0, 1)]
         outputs = [process.communicate(timeout=120)[0] for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], outputs

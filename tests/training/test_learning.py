@@ -26,7 +26,8 @@ def finished_run(folder, settings, loss):
     config = dict(data_root=settings.get("data_root"))
     records = [dict(kind="config", step=0, config=config), dict(kind="val", step=0, loss=7.0)]
     records += [dict(kind="train", step=step, loss=7.0, ms=100.0) for step in range(steps)]
-    records += [dict(kind="val", step=steps // 2, loss=6.0), dict(kind="val", step=steps, loss=loss)]
+    records.append(dict(kind="val", step=steps // 2, loss=6.0))
+    records.append(dict(kind="val", step=steps, loss=loss))
     text = "\n".join(json.dumps(record) for record in records)
     (folder / "log.jsonl").write_text(text + '\n{"kind": "tr')  # a line cut short
 
@@ -50,8 +51,8 @@ def fake_training(tmp_path, monkeypatch):
 
 
 def test_tokens_to_a_loss_by_hand():
-    """Guards against a headline figure that is not, half way between two losses, the geometric mean
-    of their tokens."""
+    """Guards against a wrong headline figure: half way between two losses is the geometric mean of
+    their tokens."""
     assert tokens_to_loss([(100, 5.0), (400, 3.0)], 4.0) == pytest.approx(200)
     assert tokens_to_loss([(400, 3.0), (100, 5.0)], 5.0) == pytest.approx(100)
     assert tokens_to_loss([(400, 3.0), (100, 5.0)], 3.0) == pytest.approx(400)
@@ -60,15 +61,16 @@ def test_tokens_to_a_loss_by_hand():
 
 
 def test_a_diverged_run_is_not_the_best():
-    """Guards against a NaN that counts as the lowest loss."""
+    """Guards against a diverged run that counts as the best: NaN is neither smaller nor larger than
+    a loss."""
     runs = [dict(settings=dict(max_lr=lr), loss=loss)
             for lr, loss in ((1, None), (2, 4.0), (3, 5.0))]
     assert best_rate(runs) == 2
 
 
 def test_runs_that_differ_have_folders_of_their_own():
-    """Guards against two runs in one folder, of which the second is taken for finished or resumes
-    the first."""
+    """Guards against two runs in one folder: the second would count as finished, or resume the
+    first."""
     settings = [run_settings("1.8M", "muon", 1e-3, 100, 1),
                 run_settings("1.8M", "adamw", 1e-3, 100, 1),
                 run_settings("1.8M", "muon", 2e-3, 100, 1),
@@ -102,8 +104,7 @@ def test_a_sweep_chooses_on_the_dev_split(fake_training, tmp_path):
 @pytest.mark.parametrize("best, found, tried", [
     (2e-4, 2.5e-4, 8), (1e-2, 8e-3, 5), (1.7e-2, 1.6e-2, 6), (9.0, 1.28e-1, 8)])
 def test_a_sweep_goes_on_beyond_its_ends(fake_training, tmp_path, best, found, tried):
-    """Guards against the best of five rates at an end of the grid that is taken for the best rate.
-    """
+    """Guards against a best rate at the end of the grid, beyond which a better one may lie."""
     best_of = dict(adamw=best, muon=8e-3)  # Muon's best is inside of its grid
     fake_training.loss_of = lambda s: abs(s["max_lr"] - best_of[s["optimizer"]])
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
@@ -112,7 +113,7 @@ def test_a_sweep_goes_on_beyond_its_ends(fake_training, tmp_path, best, found, t
 
 
 def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_path):
-    """Guards against a comparison of the very runs that chose the rate."""
+    """Guards against a comparison with the very runs that chose the rate."""
     def loss_of(settings):
         return 5.0 if settings["optimizer"] == "adamw" else 6.0 - settings["max_steps"] / 100
     fake_training.loss_of = loss_of
@@ -129,8 +130,8 @@ def test_the_comparison_is_of_other_seeds_and_the_val_split(fake_training, tmp_p
     (6.2, [100, 130], 0.5 * 1.3 ** (2 / 3)),  # 5.2 and 4.9: two thirds of the way in the logarithm
     (7.5, [100, 130, 200], None)])  # still above it with all of AdamW's tokens
 def test_lengths_follow_until_the_loss_is_between(fake_training, tmp_path, at_zero, lengths, ratio):
-    """Guards against Muon's losses all on one side of AdamW's, which do not tell with how many
-    tokens it gets there."""
+    """Guards against Muon below AdamW's loss in every run, or above it: then nobody learns with how
+    many tokens it gets there."""
     def loss_of(settings):
         return 5.0 if settings["optimizer"] == "adamw" else at_zero - settings["max_steps"] / 100
     fake_training.loss_of = loss_of
@@ -140,8 +141,8 @@ def test_lengths_follow_until_the_loss_is_between(fake_training, tmp_path, at_ze
 
 
 def test_a_rate_of_the_embeddings_is_adamws_alone(fake_training, tmp_path):
-    """Guards against a ratio that counts twice, since with Muon AdamW trains the embeddings at
-    Muon's rate."""
+    """Guards against a ratio on top of Muon's rate, at which AdamW trains the embeddings
+    already."""
     Experiment("data", tmp_path, "1.8M", 20, 1, adamw_embedding=16.0).compare(
         dict(adamw=1e-3, muon=2e-3))
     for command in fake_training.commands:
@@ -154,7 +155,7 @@ def test_a_rate_of_the_embeddings_is_adamws_alone(fake_training, tmp_path):
 
 
 def test_finished_runs_are_not_run_again(fake_training, tmp_path):
-    """Guards against a stopped sweep of hours that begins again."""
+    """Guards against a sweep of hours that was stopped, and begins again."""
     settings = run_settings("1.8M", "muon", 1e-3, 20, 1)
     first = run_training(tmp_path, "1.8M", settings)
     again = run_training(tmp_path, "1.8M", settings)
@@ -165,7 +166,7 @@ def test_finished_runs_are_not_run_again(fake_training, tmp_path):
 
 
 def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
-    """Guards against a failure without its reason, or after which further runs begin."""
+    """Guards against a failure without its reason, and runs that begin after it."""
     started = []
 
     def fail(command, **options):
@@ -180,8 +181,7 @@ def test_a_failed_run_ends_the_experiment(tmp_path, monkeypatch):
 
 
 def test_a_rate_that_diverges_ends_its_run_alone(tmp_path, monkeypatch, fake_training):
-    """Guards against a rate that is too large, as the largest of a sweep may be, which ends the
-    sweep."""
+    """Guards against a sweep that ends at its largest rate, which is there to be too large."""
     fake_training.loss_of = lambda s: abs(s["max_lr"] - 4e-3)
     start = learning.subprocess.run
 
@@ -203,14 +203,14 @@ def test_a_rate_that_diverges_ends_its_run_alone(tmp_path, monkeypatch, fake_tra
 
 
 def test_runs_on_another_dataset_are_not_taken_for_these(tmp_path, fake_training):
-    """Guards against two datasets in one --out that are compared in silence."""
+    """Guards against two datasets in one --out that are compared with each other in silence."""
     run_training(tmp_path, "1.8M", run_settings("1.8M", "muon", 1e-3, 20, 1, data_root="a"))
     with pytest.raises(UserError, match="is a run on a, not on b: choose another --out"):
         run_training(tmp_path, "1.8M", run_settings("1.8M", "muon", 1e-3, 20, 1, data_root="b"))
 
 
 def test_a_run_that_was_stopped_is_told(tmp_path, monkeypatch):
-    """Guards against half a run that counts as a whole one, since train_gpt2.py exits with 0 after
+    """Guards against half a run that counts as a whole one: train_gpt2.py exits with 0 after
     SIGTERM."""
     settings = run_settings("1.8M", "muon", 1e-3, 20, 1)
 
@@ -224,8 +224,7 @@ def test_a_run_that_was_stopped_is_told(tmp_path, monkeypatch):
 
 
 def test_a_real_run_of_a_tiny_size(data_root, tmp_path, monkeypatch):
-    """Guards against a real train_gpt2.py whose command line and log differ from the fake's above.
-    """
+    """Guards against a fake above that differs from train_gpt2.py's own command line and log."""
     tiny = dict(model=dict(n_layer=1, n_head=1, n_embd=16), rates={})
     monkeypatch.setitem(learning.SIZES, "tiny", tiny)
     settings = run_settings("tiny", "muon", 1e-3, 4, 1, data_root=str(data_root), dev=True)
@@ -235,7 +234,7 @@ def test_a_real_run_of_a_tiny_size(data_root, tmp_path, monkeypatch):
 
 
 def test_the_picture_of_any_experiment(fake_training, tmp_path):
-    """Guards against a picture that needs the comparison, which a sweep has not yet."""
+    """Guards against a sweep that can't be drawn while it runs, without a comparison."""
     experiment = Experiment("data", tmp_path, "1.8M", 20, 1)
     result = dict(size="1.8M", steps=20, runs=[])
     draw_learning(result, tmp_path / "empty.png")
@@ -247,7 +246,7 @@ def test_the_picture_of_any_experiment(fake_training, tmp_path):
 
 
 def test_the_tables_of_an_experiment():
-    """Guards against tables whose means are of the wrong seeds.
+    """Guards against a document with a mean of the wrong seeds: it is made from the runs.
 
     Muon's steps take 1 / 0.8 times as long, so half of the tokens are 0.62 of the time.
     """
@@ -283,22 +282,24 @@ def test_the_tables_of_an_experiment():
     ("\0", "wrong"),
 ])
 def test_what_counts_as_python(text, verdict):
-    """Guards against a judge that is too kind, or calls an open bracket at the end an error."""
+    """Guards against a judge that is too kind, or that calls an open bracket at the end an
+    error."""
     assert judge_python(text, is_cut=False) == verdict
 
 
 def test_the_last_line_of_a_sample_that_was_cut():
-    """Guards against a verdict on a last line that was cut in the middle."""
+    """Guards against a sample that is judged by its last line, in the middle of which it ends."""
     assert judge_python("x = 1\ny = = 2", is_cut=True) == "compiles"
     assert judge_python("x = 1\ny = = 2", is_cut=False) == "wrong"
     assert judge_python("x = = 1\ny = 2", is_cut=True) == "wrong"
 
 
 def test_shares_of_a_real_model(tmp_path):
-    """Guards against shares that do not add up, or of fewer samples than were asked for."""
+    """Guards against shares that do not add up, or are of other samples than were asked for."""
     write_dataset(tmp_path / "data", [english(3000, 1)], [english(500, 2)])
     settings = {**TINY, "max_steps": 1, "eval_interval": 1, "checkpoint_interval": 1}
-    assert run("train_gpt2.py", "--data_root=data", *flags(**settings), cwd=tmp_path).returncode == 0
+    done = run("train_gpt2.py", "--data_root=data", *flags(**settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     done = run("bench.py", "samples", "--checkpoint_path=log/latest_checkpoint.pt",
                "--num_samples=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

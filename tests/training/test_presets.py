@@ -28,20 +28,20 @@ def rate_of(*argv):
     (["--preset", "demo", "--optimizer", "adamw"], 6e-4),
 ])
 def test_the_rate_of_a_preset_and_optimizer(argv, rate):
-    """Guards against AdamW's rate for Muon, which wastes most of its gain, and Muon's for AdamW,
-    which diverges."""
+    """Guards against AdamW's rate for Muon, which wastes two thirds of what Muon brings, and Muon's
+    for AdamW, which diverges."""
     assert rate_of(*argv) == pytest.approx(rate)
 
 
 def test_a_resumed_run_keeps_its_rate():
-    """Guards against --optimizer muon on a resuming command line that brings the default rate back.
-    """
+    """Guards against a command line with --optimizer muon that resumes and brings back the default
+    rate."""
     assert "max_lr" not in parse_flags(["--optimizer", "muon", "--auto_resume"])
 
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_muons_update_has_one_spectral_norm_at_any_width(width):
-    """Guards against a default rate in another scale, for which the root of the width is wrong.
+    """Guards against a default rate in another scale, which the root of its width would not fit.
 
     The norm of the update is measured, on a square matrix and after one step of torch.optim.Muon.
     """
@@ -64,14 +64,14 @@ def test_muons_update_has_one_spectral_norm_at_any_width(width):
     ("wsd", [5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-4]),
 ])
 def test_schedules_by_hand(schedule, rates):
-    """Guards against a schedule that ends above its end, or falls at the wrong time."""
+    """Guards against a schedule that ends above its end, or that falls at the wrong time."""
     cfg = TrainConfig(max_steps=62, warmup_steps=2, max_lr=1e-3, min_lr=1e-4, lr_schedule=schedule)
     steps = [0, 1, 2, 22, 32, 42, 62]  # a third, a half and two thirds of the way down
     assert [get_lr(step, cfg) for step in steps] == pytest.approx(rates)
 
 
 def test_wsd_falls_in_the_last_fifth():
-    """Guards against a decay that begins before 80 %, bends, or leaves its range."""
+    """Guards against a decay that begins before 80 %, is no straight line, or leaves the range."""
     cfg = TrainConfig(max_steps=100, warmup_steps=0, max_lr=1.0, min_lr=0.0, lr_schedule="wsd")
     assert [get_lr(step, cfg) for step in (79, 80, 85, 90, 95, 100, 200)] == pytest.approx(
         [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])

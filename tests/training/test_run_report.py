@@ -75,7 +75,8 @@ def test_figures_of_a_run(finished, row, cells):
 
 
 def test_what_a_finished_run_says(finished):
-    """Guards against a report that does not say whether the run is over, or how to run it again."""
+    """Guards against a report that does not tell whether the run is over, and how to run it
+    again."""
     assert "Finished: step 4 of 4, 400 tokens." in finished
     assert "![training and validation loss](log.png)" in finished
     assert FACTS["command"] in finished
@@ -125,7 +126,7 @@ def test_each_session_counts_with_its_own_batch(tmp_path):
 
 
 def test_a_run_that_ended_by_an_error_says_so(tmp_path):
-    """Guards against "running" in the report of a run that is over."""
+    """Guards against `Running` in the report of a run that is over."""
     nan = torch.tensor(float("nan"))
     log = RunLog(tmp_path, None, FACTS)
     with pytest.raises(ValueError, match="the disk is full"):
@@ -143,7 +144,7 @@ def test_a_run_that_ended_by_an_error_says_so(tmp_path):
 
 
 def test_a_resume_of_a_log_without_its_first_record(tmp_path):
-    """Guards against a run that can't go on after a disk that was full at its start."""
+    """Guards against a run that can't be resumed since the disk was full when it began."""
     with RunLog(tmp_path, None, FACTS) as log:
         write_run(log, range(2))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -154,7 +155,7 @@ def test_a_resume_of_a_log_without_its_first_record(tmp_path):
 
 
 def test_a_run_of_another_tokenizer(tmp_path):
-    """Guards against GPT-2's figures beside losses of other tokens."""
+    """Guards against GPT-2's losses beside those of a run of other tokens."""
     log = RunLog(tmp_path, None, {**FACTS, "gpt2_tokens": False})
     write_run(log, range(3))
     log.write_report()
@@ -162,14 +163,15 @@ def test_a_run_of_another_tokenizer(tmp_path):
 
 
 def test_a_log_that_has_no_step_yet(tmp_path):
-    """Guards against a mean of no steps that ends the run at its first evaluation."""
+    """Guards against a mean of nothing at the first evaluation, which comes before the first
+    step."""
     log = RunLog(tmp_path, None, {"config": FACTS["config"], **FACTS})
     log.write_report()
     assert "Running: step 0 of 4, 0 tokens." in read_report(tmp_path)
 
 
 def test_a_full_disk_keeps_the_last_report(tmp_path, monkeypatch):
-    """Guards against a full disk that destroys the last report or ends the run."""
+    """Guards against half a report on a full disk, or a run that ends there."""
     log = RunLog(tmp_path, None, FACTS)
     (tmp_path / "report.md").write_text("before")
 
@@ -182,7 +184,8 @@ def test_a_full_disk_keeps_the_last_report(tmp_path, monkeypatch):
 
 
 def test_a_log_that_could_not_be_written(tmp_path):
-    """Guards against a run that ends without its first record, which a full disk did not take."""
+    """Guards against a run that ends since a disk that was full from the beginning has no first
+    record."""
     log = RunLog(tmp_path, None, FACTS)
     (tmp_path / "log.jsonl").write_text("")
     log.write_report()
@@ -193,7 +196,7 @@ TRICKY = "```python\n| a | b |\n````\n<h1>big</h1>"
 
 
 def test_markdown_shows_samples_and_cells_as_they_are(tmp_path):
-    """Guards against backticks in a sample that end its block, and a bar that adds a column.
+    """Guards against a sample whose backticks end its block, and a bar that adds a column.
 
     markdown-it is the parser that reads the page here; its tables and fences are GitHub's.
     """
@@ -213,13 +216,13 @@ def test_markdown_shows_samples_and_cells_as_they_are(tmp_path):
 
 
 def test_durations_in_words():
-    """Guards against 60 seconds that are not called a minute, also if rounding makes them so."""
+    """Guards against 60 s where a minute is meant, also if rounding makes it so."""
     shown = [duration(seconds) for seconds in (None, 0.4, 59.6, 185, 3599.7, 7625, 302400)]
     assert shown == ["", "0 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min", "3.5 days"]
 
 
 def test_a_long_run_is_thinned_out():
-    """Guards against a table of a thousand evaluations, or one without the first or the last."""
+    """Guards against a table of a thousand evaluations, and one without the first or the last."""
     assert thin_out(list(range(1000)), 5) == [0, 250, 500, 749, 999]
     assert thin_out([1, 2], 5) == [1, 2]
 
@@ -232,7 +235,7 @@ def test_the_helpers_for_markdown():
 
 
 def test_a_real_run_leaves_its_report(data_root, tmp_path):
-    """Guards against training that writes no report, or loses it across a resume."""
+    """Guards against a report that training itself does not write, or not across a resume."""
     for max_steps in (5, 7):
         settings = {**TINY, "max_steps": max_steps, "eval_interval": 2}
         done = run("train_gpt2.py", "--data_root=data", "--auto_resume", *flags(**settings),

@@ -152,8 +152,8 @@ def assert_same_course(root, run, reference, first_step=0, rel=2e-5, other_choic
 
 @pytest.mark.parametrize("run", ["two_adamw", "four_adamw"])
 def test_sharded_adamw_equals_one_process(root, run):
-    """Guards against gradients added up twice or too little, a clip by a rank's own norm, other
-    tokens on a rank, or recomputed activations that differ."""
+    """Guards against gradients that are added up twice or too little, a clip by a rank's own norm,
+    ranks that read other tokens, or recomputed activations that differ."""
     assert_same_course(root, run, "one_adamw", rel=3e-6)
 
 
@@ -164,8 +164,8 @@ def test_a_rank_without_validation_rows_takes_part(root):
 
 
 def test_a_batch_size_is_found_for_a_sharded_run(root):
-    """Guards against --batch_size 0 that is refused, or ranks that choose different sizes and hang.
-    """
+    """Guards against a --batch_size 0 that is refused, or of which each rank takes a size of its
+    own and they hang."""
     assert_same_course(root, "searched", "one_step", rel=3e-6)
 
 
@@ -177,7 +177,7 @@ def test_muon_of_several_processes_equals_one(root, run):
 
 
 def test_sharded_bfloat16_follows_one_process(root):
-    """Guards against sharded weights kept in bfloat16, which lose small updates; autocast keeps
+    """Guards against sharded weights in bfloat16, which lose the small updates; autocast keeps
     float32."""
     assert_same_course(root, "half", "half_one", rel=2e-2, other_choices=2)
     state = torch.load(root / "half" / "model_00006.pt", weights_only=True)
@@ -185,8 +185,8 @@ def test_sharded_bfloat16_follows_one_process(root):
 
 
 def test_sharded_float16_skips_the_same_steps(root):
-    """Guards against a rank that finds no overflow in its own rows and goes on with another scale.
-    """
+    """Guards against a rank that finds no overflow in its own rows and goes on with another scale
+    than the others."""
     assert_same_course(root, "scaled", "scaled_one", rel=2e-2, other_choices=2)
     states = [torch.load(root / name / "model_00006.pt", weights_only=True)
               for name in ("scaled", "scaled_one")]
@@ -197,15 +197,15 @@ def test_sharded_float16_skips_the_same_steps(root):
     ("one_to_two", "one_muon", 2), ("two_to_one", "one_adamw", 2), ("two_to_ddp", "one_adamw", 2),
     ("two_to_four", "one_muon", 4), ("directory_to_one", "one_muon", 4)])
 def test_a_run_goes_on_in_another_layout(root, run, reference, step):
-    """Guards against a moment, a position or a random state that is lost when ranks, layout or the
-    kind of checkpoint change."""
+    """Guards against a moment, a position or a random state that is lost if the number of ranks,
+    the layout or the kind of checkpoint changes."""
     assert_same_course(root, run, reference, first_step=step, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_a_sharded_run_starts_from_hugging_face(root, name):
-    """Guards against rows of a matrix that was not transposed, of another file, or half of a tie.
-    The only step has a learning rate of 0, so the weights saved are those of the start."""
+    """Guards against rows of a matrix that should have been transposed, of another file, or half
+    of a tie. The only step has a learning rate of 0: the weights saved are those of the start."""
     ours = torch.load(root / f"from_{name}" / "model_00001.pt", weights_only=True)["model"]
     theirs = load_checkpoint(root / name)["model"]
     assert ours.keys() == theirs.keys()
@@ -234,8 +234,8 @@ def checks(tmp_path_factory):
 
 
 def test_the_file_of_a_sharded_run_is_an_ordinary_one(root):
-    """Guards against a file that only sharded runs can read, or that holds the tied matrix twice.
-    """
+    """Guards against a file that only sharded runs can read, or that holds the tied matrix
+    twice."""
     ours = torch.load(root / "two_adamw" / "model_00006.pt", weights_only=True)
     theirs = torch.load(root / "one_adamw" / "model_00006.pt", weights_only=True)
     assert ours.keys() == theirs.keys()
@@ -273,14 +273,15 @@ def test_a_directory_holds_what_a_file_would(root, directory):
 
 
 def test_a_directory_holds_the_embedding_once(directory):
-    """Guards against a lost tie, which takes the disk and memory of the largest tensor twice."""
+    """Guards against a tie that is lost, which takes disk and memory of the largest tensor
+    twice."""
     model = load_checkpoint(directory)["model"]
     assert model["transformer.wte.weight"].data_ptr() == model["lm_head.weight"].data_ptr()
 
 
 def test_only_the_newest_directories_stay(directory):
-    """Guards against directories that pile up, or a latest_checkpoint.pt that names none of them.
-    """
+    """Guards against directories that pile up, or a latest_checkpoint.pt that names none of
+    them."""
     names = sorted(path.name for path in directory.parent.glob("model_*"))
     assert names == ["model_00004.pt", "model_00006.pt"]
     assert os.readlink(directory.parent / "latest_checkpoint.pt") == "model_00006.pt"
@@ -296,8 +297,8 @@ def test_inference_reads_a_directory(directory):
 
 @pytest.mark.parametrize("largest", ["1GB", "50KB"])
 def test_a_directory_is_exported_for_transformers(directory, tmp_path, monkeypatch, largest):
-    """Guards against an export that knows only files, or loses all weights but those of the first.
-    """
+    """Guards against an export that knows only files, or that loses those of the weights but the
+    first."""
     from transformers import GPT2LMHeadModel
     save = functools.partialmethod(GPT2LMHeadModel.save_pretrained, max_shard_size=largest)
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
@@ -350,8 +351,9 @@ def killed(tmp_path_factory):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_peak_of_a_sharded_step_is_planned(killed, name):
-    """Guards against a plan for a sharded run that is then killed: for memory that malloc keeps,
-    weights that stay gathered, or an optimizer that handles all matrices at once."""
+    """Guards against a plan that says that a sharded run fits which then is killed: by memory that
+    malloc keeps, by weights that stay gathered, or by an optimizer that handles all matrices at
+    once."""
     cfg, config, _ = measured_settings(name, 2)
     with torch.device("meta"):
         sizes = model_sizes(GPT(config))
@@ -374,6 +376,6 @@ def test_a_rank_killed_while_saving_spoils_nothing(killed):
 
 
 def test_all_checkpoints_stay_with_keep_0(root):
-    """Guards against --keep_checkpoints 0, which keeps all, that removes every one."""
+    """Guards against a --keep_checkpoints 0, which keeps all, that removes every one."""
     names = sorted(path.name for path in (root / "one_adamw").glob("model_*"))
     assert names == ["model_00002.pt", "model_00004.pt", "model_00006.pt"]
