@@ -2,8 +2,8 @@
 
     python -m pytest tests/training/test_slurm.py -m slurm
 
-As root, with Debian's packages slurmctld, slurmd and munge; skipped elsewhere. Two nodes run on this
-machine, each with a slurmd of its own. They share its disk and its network.
+As root, with Debian's packages slurmctld, slurmd and munge; skipped elsewhere. Two nodes run on
+this machine, each with a slurmd of its own. They share its disk and its network.
 """
 
 import os
