@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 import fineweb
 import hellaswag
 import train_gpt2
-from fineweb import prepare
+from fineweb import PrepareConfig, prepare
 from gptlib.common import UserError
 from gptlib.data.shards import read_meta
 from gptlib.data.tokenizer import EOT, find_tokenizer, load_tokenizer, tokenizer_to_dict
@@ -244,19 +244,20 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_model(bpe, tmp_path, checkpo
     shards = []
     for i, source in enumerate((checkpoint, tmp_path / "hf", tmp_path / "dataset")):
         root = tmp_path / f"data{i}"
-        meta = prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source))
+        cfg = PrepareConfig(str(root), files=str(tmp_path / "a.txt"), tokenizer=str(source))
+        meta = prepare(cfg)
         assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 700)
         assert find_tokenizer(root) == tokenizer_to_dict(bpe)
         train, val = (np.load(list_shards(root, split)[0]) for split in ("train", "val"))
         assert bpe.decode(np.concatenate((train, val))) == EOT + text
         shards.append(train.tolist())
         checkpoint.unlink(missing_ok=True)  # once prepared, the directory needs nothing else
-        assert prepare(root, "files", files=str(tmp_path / "a.txt"), tokenizer=str(source)) == meta
+        assert prepare(cfg) == meta
     assert shards[0] == shards[1]
     assert shards[1] == shards[2]
     with pytest.raises(UserError, match="no tokenizer in .*nowhere"):
-        prepare(tmp_path / "data9", "files", files=str(tmp_path / "a.txt"),
-                tokenizer=str(tmp_path / "nowhere"))
+        prepare(PrepareConfig(str(tmp_path / "data9"), files=str(tmp_path / "a.txt"),
+                              tokenizer=str(tmp_path / "nowhere")))
     assert not (tmp_path / "data9").exists()
 
 
