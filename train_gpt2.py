@@ -279,7 +279,7 @@ class TrainConfig:
                              choices=("adamw", "muon"))
     weight_decay: float = setting(0.1, "weight decay of tensors of two or more dimensions", 0.0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 switches clipping off", 0.0)
-    seed: int = setting(1337, "seed of the initial weights, the order of data and dropout", 0)
+    seed: int = setting(1337, "seed of initial weights, order of data and dropout", 0, 2**63)
     eval_interval: int = setting(250, "steps between evaluations", 1, section="evaluation")
     val_tokens: int = setting(10485760, "tokens of the val split to evaluate on", 1)
     hellaswag_examples: int = setting(10042, "HellaSwag examples per evaluation; 0: none", 0)

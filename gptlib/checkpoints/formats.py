@@ -72,7 +72,11 @@ def normalize_checkpoint(path, contents):
 
     try:
         check_tokenizer(checkpoint["tokenizer"])
-        require(isinstance(checkpoint.get("train_config", {}), dict), "its train_config is no dict")
+        train_config = checkpoint.get("train_config", {})
+        require(isinstance(train_config, dict), "its train_config is no dict")
+        require(isinstance(train_config.get("sample_prompt", ""), str),
+                "its sample_prompt is no text")
+        require(type(checkpoint.get("step", 0)) is int, "its step is no whole number")
         checkpoint["model"] = model_weights(checkpoint["model"])
         check_config(checkpoint["config"], len(checkpoint["model"]))
         check_memory(checkpoint["model"])

@@ -24,7 +24,7 @@ class SamplingParams:
     top_k: int = setting(None, "sample from the k likeliest tokens", 1, optional=True)
     top_p: float = setting(None, "sample from the likeliest tokens that make up this mass",
                            above=0, high=1, optional=True)
-    seed: int = setting(None, "random seed", 0, optional=True)
+    seed: int = setting(None, "random seed", 0, 2**63 - 1, optional=True)
 
     def __post_init__(self):
         check_settings(self, str)

@@ -359,16 +359,21 @@ HOSTILE = {  # name: (function that writes it, what the line says)
     "integers for weights": (
         file(set_item("model", LN_1, torch.zeros(16, dtype=torch.int64))), "is of torch.int64"),
     "a sparse weight": (
-        file(set_item("model", LN_1, torch.zeros(16).to_sparse())), "sparse_coo: expected|SparseTensor"),
+        file(set_item("model", LN_1, torch.zeros(16).to_sparse())),
+        "sparse_coo: expected|SparseTensor"),
     "a text for a weight": (file(set_item("model", LN_1, "0")), f"its {LN_1} is no tensor"),
     # tokenizers
-    "a path for a tokenizer": (file(set_item("tokenizer", "/etc")), "its tokenizer is no tokenizer"),
+    "a path for a tokenizer": (
+        file(set_item("tokenizer", "/etc")), "its tokenizer is no tokenizer"),
     "a number for ranks": (
         file(set_item("tokenizer", {"name": "bpe", "ranks": 3})), "its tokenizer is no tokenizer"),
     "ranks that are none": (
         file(set_item("tokenizer", {"name": "bpe", "ranks": b"?"})),
         "damaged tokenizer ranks|is not the checkpoint's"),
     "a list for train_config": (file(set_item("train_config", [])), "its train_config is no dict"),
+    "a number for sample_prompt": (
+        file(set_item("train_config", {"sample_prompt": 3})), "its sample_prompt is no text"),
+    "a text for step": (file(set_item("step", "3")), "its step is no whole number"),
     **{f"a tokenizer in {name}": (
         other_tokenizer(name), "the tokenizer of .*hostile can't be used here: it is")
        for name in ("spiece.model", "tokenizer.model", "vocab.txt", "tokenizer_config.json")},
@@ -395,7 +400,8 @@ HOSTILE = {  # name: (function that writes it, what the line says)
     "a path in checksums.json": (listed("../a", {"size": 0, "crc32": 0}), "names '../a'"),
     "a text for a size": (listed("__7_0.distcp", {"size": "0"}), "has no size for"),
     "a list for checksums.json": (
-        directory(lambda path: (path / "checksums.json").write_text("[]")), "is no list of its files"),
+        directory(lambda path: (path / "checksums.json").write_text("[]")),
+        "is no list of its files"),
     "no checksums.json": (
         directory(lambda path: (path / "checksums.json").unlink()), "No such file"),
     "a list for state.pt": (state_file(lambda state: [[1]]), "its state.pt holds no dict"),
@@ -472,6 +478,14 @@ def test_the_doors_take_it_without_the_change(write, tmp_path, monkeypatch, data
     GPT.from_checkpoint(load_checkpoint(path))
     inference.load_for_sampling(path, "cpu")
     hellaswag.load_model(path)
+
+
+def test_a_seed_that_no_generator_takes(monkeypatch):
+    """Guards against a traceback for a seed of more than 64 bits."""
+    with pytest.raises(UserError, match="seed is 18446744073709551616: expected 0 to"):
+        main_of(monkeypatch, inference, "--seed", 2**64)
+    with pytest.raises(UserError, match="--seed is 18446744073709551616: expected 0 to"):
+        train_gpt2.TrainConfig(seed=2**64)
 
 
 def test_the_pickles_would_run(tmp_path, monkeypatch):

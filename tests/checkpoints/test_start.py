@@ -199,7 +199,11 @@ def two_ranks(tmp_path_factory):
            "HF_HUB_OFFLINE": "1"}
     processes = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(root)], env=env,
                                   stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=1500)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # does nothing to one that has ended
     assert [process.returncode for process in processes] == [0, 0], errors
     return [torch.load(root / f"out{rank}.pt", weights_only=True) for rank in range(2)]
 
