@@ -9,7 +9,9 @@ import importlib
 import json
 import os
 import shutil
+import stat
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -173,6 +175,28 @@ def atomic_directory(path):
                         "Make room or choose another place") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def private_folder(name):
+    """A folder of the temporary directory that no other user can write to, for compiled code.
+
+    The usual folders of torch have names that anybody can foresee: whoever makes one first chooses
+    the code that is run from it. One that another user made, or may write to, is not used: then the
+    folder is a new one, and what was compiled before is compiled anew.
+    """
+    owner = os.getuid() if hasattr(os, "getuid") else 0  # Windows has a directory for each user
+    root = Path(tempfile.gettempdir()) / f"gpt2_compiled_{owner}"
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    if hasattr(os, "getuid"):
+        found = root.lstat()
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == owner
+        if not is_ours or found.st_mode & 0o022:
+            warn(f"{root} belongs to another user, or others may write to it: compiling anew")
+            root = Path(tempfile.mkdtemp(prefix="gpt2_compiled_"))
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from gptlib.common import UserError, first_line, warn
+from gptlib.common import UserError, first_line, private_folder, warn
 
 # -----------------------------------------------------------------------------
 # devices and precision
@@ -173,6 +173,8 @@ def compile_model(model, device, **options):
 
     options: of torch.compile.
     """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = private_folder("inductor")
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # a missing gcc, Triton or OpenMP, each with an exception of its own

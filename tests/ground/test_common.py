@@ -8,12 +8,15 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, environment, run
 from corpus import contents
 
+from gptlib import common
 from gptlib.common import UserError, atomic_directory, atomic_write, run_main
 
 
@@ -87,3 +90,36 @@ def test_under_torchrun_an_error_is_told_once_and_last(tmp_path):
     assert done.stderr.count("--preset is 'nothing'") == 1
     last_lines = done.stderr.strip().splitlines()[-2:]
     assert "--preset is 'nothing'" in last_lines[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has other permissions")
+@pytest.mark.parametrize("planted", ["nothing", "open to others", "a link"])
+def test_compiled_code_comes_from_a_folder_of_ours(tmp_path, monkeypatch, planted, capsys):
+    """Guards against code that another user has put where torch looks for what it compiled."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    foreseen = tmp_path / f"gpt2_compiled_{os.getuid()}"
+    if planted == "open to others":
+        foreseen.mkdir()
+        foreseen.chmod(0o777)
+    elif planted == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        foreseen.symlink_to(tmp_path / "elsewhere")
+    folder = Path(common.private_folder("inductor"))
+    assert folder.is_dir()
+    assert folder.parent.lstat().st_mode & 0o777 == 0o700
+    assert (folder.parent == foreseen) == (planted == "nothing")
+    assert ("compiling anew" in capsys.readouterr().err) == (planted != "nothing")
+    if planted == "nothing":
+        assert common.private_folder("inductor") == str(folder), "the next process finds it again"
+
+
+def test_training_compiles_into_that_folder(tmp_path, monkeypatch):
+    """Guards against a compiler that is called without the folder being set first."""
+    import torch
+
+    from gptlib.runtime import compile_model
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    compile_model(lambda x: x, torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(tmp_path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gptlib.common import first_line, log, warn
+from gptlib.common import first_line, log, private_folder, warn
 
 SOURCE = Path(__file__).parent / "int8_linear.cpp"
 INSTRUCTIONS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
@@ -63,8 +63,7 @@ def load_int8_linear():
     """
     if not has_instructions():
         return None
-    from torch.utils.cpp_extension import get_default_build_root
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or private_folder("int8")
     try:
         torch.ops.load_library(compile_kernel(folder))
     except (OSError, subprocess.SubprocessError) as e:
