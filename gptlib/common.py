@@ -51,7 +51,7 @@ def exit_with_error(message):
     if not report:
         sys.exit(message)
     if not is_rank0():
-        time.sleep(3)
+        time.sleep(15)  # torchrun ends this rank sooner if rank 0 has failed too
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"):
         print(message, file=sys.stderr)
