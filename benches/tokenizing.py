@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ def tokenize_row_in_pool(row):
     return tokenize_in_pool(row["text"])
 
 
+def count_tokens_alone(tokenizer, texts, n_threads):
+    """The most that threads can do: tiktoken on texts in memory, nothing kept of its tokens."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        def count(text):
+            return len(tokenizer.encode_to_numpy(text, disallowed_special=())) + 1
+        return sum(pool.map(count, texts))
+
+
 def texts_to_tokenize():
     """The standard library's files, four times over."""
     texts = [Path(path).read_text(errors="replace") for path in stdlib_files()]
@@ -60,6 +69,9 @@ def bench_tokenize(args):
     def one_thread():
         return sum(len(tokenizer.encode_ordinary(text)) + 1 for text in texts)
 
+    def tiktoken_alone():
+        return count_tokens_alone(tokenizer, texts, n_processes)
+
     n_tokens = ours()
     context = multiprocessing.get_context("spawn")
     with context.Pool(n_processes, load_pool_tokenizer) as pool:
@@ -69,6 +81,7 @@ def bench_tokenize(args):
         contenders = {
             f"fineweb.py, {n_processes} threads": ours,
             "tiktoken, one thread": one_thread,
+            f"tiktoken alone, {n_processes} threads": tiktoken_alone,
             f"the original's pool of {n_processes} processes": original,
         }
         results = take_turns(contenders, args.rounds, "tok")
@@ -162,6 +175,9 @@ def bench_parquet(args):
                     return work(data_root)
             return turn
 
+        def tiktoken_alone():
+            return count_tokens_alone(tokenizer, documents, n_processes)
+
         def from_memory():
             chunks = encode_stream(tokenizer, documents, n_processes)
             return sum(len(chunk.tokens) for chunk in chunks)
@@ -184,6 +200,7 @@ def bench_parquet(args):
             f"the original: datasets, {n_processes} processes": in_new_folder(original),
             "fineweb.py, parquet files to shards": in_new_folder(ours),
             f"from memory, {n_processes} threads": from_memory,
+            f"tiktoken alone, {n_processes} threads": tiktoken_alone,
         }
         results = take_turns(contenders, args.rounds, "tok")
     show_results(f"{n_tokens:,} tokens from parquet files to shards", results)

@@ -106,8 +106,9 @@ def encode_chunk(enc, texts):
         # interpreter lock while it works.
         joined = EOT.join(["", *texts])
         tokens = enc.encode_to_numpy(joined, allowed_special={EOT})
-        # The string keeps its UTF-8 from that call, so this only copies it.
-        num_bytes = len(joined.encode()) - len(EOT) * len(texts)
+        # The string keeps its UTF-8 from that call, so encoding it again only copies it.
+        num_bytes = len(joined) if joined.isascii() else len(joined.encode())
+        num_bytes -= len(EOT) * len(texts)
         marks = bytes(EMPTY * (not text) for text in texts)
         return Chunk(tokens.astype(np.uint16), marks, num_bytes)
     except ValueError:

@@ -354,6 +354,8 @@ def test_a_dataset_of_another_program_has_no_bytes(gpt2, tmp_path):
     assert data.tokenizer.name == "gpt2"
     assert data.val_tokens_per_byte is None
     assert data.description == str(tmp_path)
+    assert data.is_fineweb_edu, "build-nanogpt's own name"
+    assert not open_dataset(tmp_path, 8, dev=True).is_fineweb_edu
 
 
 # -----------------------------------------------------------------------------
