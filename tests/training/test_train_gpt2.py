@@ -358,6 +358,26 @@ def test_a_run_past_its_end_ends_at_once(tmp_path, data_root, monkeypatch, capsy
         assert "nothing to do: the run is at step 4 already" in capsys.readouterr().out, more
 
 
+def test_derived_settings_are_derived_again(tmp_path, data_root, monkeypatch):
+    """Guards against a run of 2 steps that is continued to 20 with the warm-up of 2, and against a
+    smaller rate that is refused because of a lowest rate that nobody set."""
+    def start(*more, **settings):
+        monkeypatch.setattr("sys.argv", ["train_gpt2.py", *flags(**settings, data_root=data_root),
+                                         f"--log_dir={tmp_path / 'log'}", *more])
+        train_gpt2.main()
+        lines = (tmp_path / "log" / "log.jsonl").read_text().splitlines()
+        return [r for r in map(json.loads, lines) if r["kind"] in ("config", "resume")][-1]["config"]
+
+    first = {**TINY, "warmup_steps": 10, "eval_interval": 10, "num_samples": 0, "max_steps": 2}
+    assert start(**first)["warmup_steps"] == 2
+    config = start("--auto_resume", max_steps=4, max_lr=1e-4)
+    assert config["warmup_steps"] == 4
+    assert config["min_lr"] == pytest.approx(1e-5)
+    saved = torch.load(tmp_path / "log" / "model_00004.pt", weights_only=True)["train_config"]
+    assert saved["warmup_steps"] == 10
+    assert saved["min_lr"] is None
+
+
 def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root):
     """Guards against torch.compile that gets in the way of evaluation or samples, or changes the
     losses."""
