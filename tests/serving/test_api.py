@@ -179,7 +179,7 @@ def test_the_openai_package_gets_what_it_expects(server, model):
         (dict(temperature=3), "from 0 to 2: 0 is greedy"),
         (dict(best_of=4), "best_of is 4: it is not supported: leave it out, or give"),
         (dict(suffix="x"), 'suffix is "x": it is not supported: leave it out, or give null'),
-        (dict(max_tokens=0), "from 1 to 50000"),
+        (dict(max_tokens=0), "max_tokens is 0: expected at least 1 without echo"),
         (dict(prompt=[300]), "token id out of range"),
         (dict(prompt=[]), "prompt is an empty list"),
         (dict(prompt=["a"] * 5, n=2), "prompt makes 10 sequences"),
