@@ -13,6 +13,8 @@ from byte_model import N_VOCAB, drain, make_model, make_tokenizer, prompts
 from conftest import ROOT, TINY, environment
 
 import train_gpt2
+from gptlib import runtime
+from gptlib.training.evaluation import Evaluator
 from gptlib.checkpoints.saver import save_checkpoint
 from gptlib.inference import engine as engine_module
 from gptlib.inference.engine import Engine
@@ -57,7 +59,7 @@ def test_prompts_of_any_length_do_without_cudnn(passes, monkeypatch):
 
 def test_samples_of_a_run_do_without_cudnn(passes, monkeypatch):
     """Guards against a plan of cuDNN for each length of a growing cache, at every evaluation."""
-    monkeypatch.setattr(train_gpt2, "without_cudnn_attention",
+    monkeypatch.setattr(runtime, "without_cudnn_attention",
                         lambda device: without_cudnn_attention(CUDA))
     sample_once()
     assert len(passes) > 3
@@ -82,8 +84,8 @@ def test_samples_of_a_deterministic_run_are_drawn(passes):
 def sample_once():
     cfg = TrainConfig(**{**TINY, "num_samples": 2, "sample_length": 12, "block_size": 24})
     autocast = torch.autocast("cpu", enabled=False)
-    texts = train_gpt2.sample(make_model(), cfg, make_tokenizer(), torch.device("cpu"), autocast,
-                              torch.float32)
+    evaluator = Evaluator(make_model(), torch.device("cpu"), autocast)
+    texts = train_gpt2.sample(evaluator, cfg, make_tokenizer(), torch.float32)
     assert len(texts) == 2
 
 
@@ -128,7 +130,7 @@ def test_a_resume_holds_the_checkpoint_once(tmp_path, sees_file):
     state = dict(model=dict(weight=torch.arange(n, dtype=torch.float32)),
                  config=dict(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=64),
                  optimizer=[dict(state={0: torch.ones(n)}, param_groups=[])], scaler={},
-                 rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={}, tokenizer=None,
+                 rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={}, tokenizer=dict(name="gpt2"),
                  step=3, position=9, val_loss=None, val_step=None)
     save_checkpoint(folders[0] / "log", state, keep=0)
     processes = []

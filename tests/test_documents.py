@@ -33,7 +33,7 @@ OTHER_PROGRAMS = {
     "sbatch",
 }
 # flags of gunicorn, Docker and Slurm that the text mentions
-OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue",
+OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue", "--bind",
                "--ntasks-per-node"}
 OTHER_VARIABLES = ("TORCH_", "NCCL_", "GLOO_", "TIKTOKEN_")
 

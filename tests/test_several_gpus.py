@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux",
                                 reason="finds the processes of torchrun in /proc")
 
 
+@pytest.mark.campaign
 def test_a_rehearsal_runs_every_part(monkeypatch):
     """Guards against a script that fails for the first time on eight rented GPUs."""
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -85,12 +85,12 @@ def test_a_checkpoint_is_written_while_training_continues(tmp_path, references, 
     expected = references(**settings)
     save, threads = save_checkpoint, torch.get_num_threads()
 
-    def slow_save(log_dir, state, keep):
+    def slow_save(log_dir, state, *options):
         """Writing takes five steps for the first one."""
         for _ in range(6000):
             log = (tmp_path / "log" / "log.txt").read_text()
             if state["step"] > 7 or "\n12 train" in log:
-                return save(log_dir, state, keep)
+                return save(log_dir, state, *options)
             time.sleep(0.01)
         raise AssertionError("training waits for the checkpoint")
 
@@ -224,7 +224,7 @@ def test_a_complete_run_changes_nothing(tmp_path, references):
     argv = flags(**LONG, auto_resume=True, data_root=references.data)
     done = run("train_gpt2.py", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "done: 60 steps" in done.stdout
+    assert "nothing to do: the run is at step 60 already" in done.stdout
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "log").glob("model_*")}
     assert read_log(tmp_path / "log") == read_log(references(**LONG))
 
@@ -260,7 +260,8 @@ def test_a_fresh_start_moves_the_earlier_run_away(tmp_path, references):
     for i in (1, 2):
         done = run("train_gpt2.py", *settings, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert f"files of an earlier run from log to log_00{i}" in done.stdout
+        assert "files of an earlier run from log to " in done.stdout
+        assert f"log_00{i}\n" in done.stdout
     assert_same_run(tmp_path / "log_001", expected, 60)
     latest = weights(tmp_path / "log_001" / "latest_checkpoint.pt")
     assert latest.keys() == weights(expected / "model_00060.pt").keys()

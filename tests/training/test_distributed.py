@@ -90,7 +90,7 @@ def test_a_run_of_one_process_goes_on_on_two(folder, single):
     shutil.copytree(folder / "single", folder / "resumed", symlinks=True)
     (folder / "resumed" / "model_00010.pt").unlink()
     output = train(folder, "resumed", nproc=2, auto_resume=True)
-    assert "resuming at step 5 of 10, 1,600 tokens" in output
+    assert "resuming at step 5 of 10, token 1,600" in output
     assert losses(folder / "resumed") == pytest.approx(losses(folder / "single"), abs=3e-5)
     saved = torch.load(folder / "resumed" / "model_00010.pt", weights_only=True)
     assert (saved["position"], len(saved["rng"])) == (3200, 2)
