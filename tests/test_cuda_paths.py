@@ -19,7 +19,7 @@ from gptlib.checkpoints.saver import save_checkpoint
 from gptlib.inference import engine as engine_module
 from gptlib.inference.engine import Engine
 from gptlib.runtime import without_cudnn_attention
-from train_gpt2 import GPT, TrainConfig
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CUDA = torch.device("cuda", 1)
@@ -111,7 +111,7 @@ before = held()
 start = load_start(dict(auto_resume=True), World(rank, rank, 2), known=())
 with open("/proc/self/status") as f:  # ru_maxrss would begin with what the parent process had
     peak = int(f.read().split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps([peak - before, start.checkpoint["model"]["weight"][-1].item()]))
+print(json.dumps([peak - before, start.checkpoint["model"]["lm_head.weight"][-1, -1].item()]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -127,8 +127,10 @@ def test_a_resume_holds_the_checkpoint_once(tmp_path, sees_file):
     for folder in folders:
         (folder / "log").mkdir(parents=True, exist_ok=True)
     n = size // 2 // 4
-    state = dict(model=dict(weight=torch.arange(n, dtype=torch.float32)),
-                 config=dict(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=64),
+    config = GPTConfig(block_size=8, vocab_size=n // 8, n_layer=1, n_head=1, n_embd=8)
+    model = GPT(config)
+    model.lm_head.weight.data.copy_(torch.arange(n, dtype=torch.float32).view(-1, 8))
+    state = dict(model=model.state_dict(), config=vars(config),
                  optimizer=[dict(state={0: torch.ones(n)}, param_groups=[])], scaler={},
                  rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={}, tokenizer=dict(name="gpt2"),
                  step=3, position=9, val_loss=None, val_step=None)
