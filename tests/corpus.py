@@ -49,6 +49,11 @@ def python_text():
     return "".join((ROOT / name).read_text() for name in names)
 
 
+@functools.cache
+def split_words():
+    return np.array(python_text().split(" "))  # an array, which choice would make anew each time
+
+
 def clean(text):
     """Lone surrogates to U+FFFD, in another way than the program does it."""
     return "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
@@ -56,7 +61,7 @@ def clean(text):
 
 def some_documents(n, seed=0):
     """n documents of 0 to 60 words, every tenth of them odd."""
-    rng, words = np.random.default_rng(seed), python_text().split(" ")
+    rng, words = np.random.default_rng(seed), split_words()
     documents = [" ".join(rng.choice(words, rng.integers(0, 60))) for _ in range(n)]
     for i in range(3, n, 10):
         documents[i] = ODD[i // 10 % len(ODD)]
