@@ -566,7 +566,7 @@ def train(cfg, start=Start(), world=distributed.World()):
                     log.samples(step, sample(evaluator, cfg, tokenizer, dtype))
                 log.draw_in(saver.thread)
 
-            # once in a while write a checkpoint; one that diverges must not replace a good one
+            # once in a while write a checkpoint; one of a high loss must not replace a good one
             due = step % cfg.checkpoint_interval == 0 and not log.is_loss_high
             is_best = step == val_step and saver.is_best(val_loss)
             if (due or is_best or last_step or stop) and step > start.step:
@@ -578,7 +578,8 @@ def train(cfg, start=Start(), world=distributed.World()):
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=scaler.state_dict(), rng=rng, train_config=cfg.as_given,
                     tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
-                    val_loss=val_loss, val_step=val_step), wait=last_step or stop)
+                    val_loss=val_loss, val_step=val_step), wait=last_step or stop,
+                    keep_all=log.is_loss_high)
             if last_step or stop:
                 break
 
@@ -607,8 +608,7 @@ def main():
         start = load_start(flags, world, [field.name for field in dataclasses.fields(TrainConfig)])
         cfg = TrainConfig(**{**start.settings, **flags})
         if start.step >= cfg.max_steps:
-            return print0(f"nothing to do: the run is at step {start.step} already, and "
-                          f"--max_steps is {cfg.max_steps}")
+            return print0(f"nothing to do: at step {start.step}, --max_steps is {cfg.max_steps}")
         find_or_make_shards(cfg.data_root, cfg.preset == "demo", world)
         # a second run in the same directory is refused: they would overwrite each other's files
         lock = lock_directory(cfg.log_dir) if world.rank == 0 else contextlib.nullcontext()

@@ -173,7 +173,8 @@ class OnFullDisk(io.FileIO):
         return super().write(data[:room])
 
 def limited(file, mode="r", *args, **kwargs):
-    matches = isinstance(file, (str, os.PathLike)) and fnmatch.fnmatch(os.path.basename(file), pattern)
+    matches = (isinstance(file, (str, os.PathLike))
+               and fnmatch.fnmatch(os.path.basename(file), pattern))
     if not matches or not set(mode) & set("wax+"):
         return real(file, mode, *args, **kwargs)
     raw = OnFullDisk(file, mode.replace("b", "").replace("t", ""))

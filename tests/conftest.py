@@ -7,6 +7,7 @@
 import base64
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: a core for each, not all cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes run tests: a core for each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +38,10 @@ def pytest_xdist_auto_num_workers(config):
 
 
 # flags of a model that takes milliseconds a step
-TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4, max_steps=12,
-            warmup_steps=3, max_lr=1e-2, eval_interval=5, val_tokens=1000, hellaswag_examples=0, num_samples=1,
-            sample_prompt="the ", sample_length=12, checkpoint_interval=4, device="cpu", dtype="float32", compile=False)
+TINY = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, total_batch_size=256, batch_size=4,
+            max_steps=12, warmup_steps=3, max_lr=1e-2, eval_interval=5, val_tokens=1000,
+            hellaswag_examples=0, num_samples=1, sample_prompt="the ", sample_length=12,
+            checkpoint_interval=4, device="cpu", dtype="float32", compile=False)
 
 
 def write_dataset(root, train, val):
@@ -50,14 +52,16 @@ def write_dataset(root, train, val):
         for tokens in arrays:
             name = f"tiny_{split}_{len(shards):06d}.npy"
             np.save(root / name, np.asarray(tokens, dtype=np.uint16))
-            shards.append(dict(name=name, tokens=len(tokens), documents=int((np.asarray(tokens) == EOT).sum())))
-    count = {s: sum(len(a) for a in arrays) for s, arrays in (("train", train), ("val", val))}
-    text = {s: sum(int((np.asarray(a) != EOT).sum()) for a in arrays) for s, arrays in (("train", train), ("val", val))}
+            documents = int((np.asarray(tokens) == EOT).sum())
+            shards.append(dict(name=name, tokens=len(tokens), documents=documents))
+    splits = dict(train=np.concatenate(train), val=np.concatenate(val))
+    count = {split: len(tokens) for split, tokens in splits.items()}
+    text = {split: int((tokens != EOT).sum()) for split, tokens in splits.items()}
     (root / "tokenizer.tiktoken").write_bytes(
         b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     (root / "meta.json").write_text(json.dumps(dict(
-        tokenizer="bpe", vocab_size=257, eot=EOT, source="made by a test", shards=shards, tokens=count, bytes=text,
-        complete=True)))
+        tokenizer="bpe", vocab_size=257, eot=EOT, source="made by a test", shards=shards,
+        tokens=count, bytes=text, complete=True)))
     return root
 
 
@@ -73,17 +77,30 @@ def english(n, seed=0):
 
 @pytest.fixture
 def data_root(tmp_path):
-    return write_dataset(tmp_path / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
+    train = [english(3001, 1), english(2000, 2)]
+    return write_dataset(tmp_path / "data", train, [english(1500, 3)])
+
+
+def write_hellaswag(path):
+    """Twenty questions in the words of the corpus."""
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
+    with open(path, "w") as f:
+        for i in range(20):
+            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
+            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
 
 
 def flags(**settings):
-    """Settings as a command line: flags(max_steps=3, compile=False) -> ['--max_steps=3', '--compile=False']."""
+    """Settings as a command line: flags(max_steps=3, compile=False) is
+    ['--max_steps=3', '--compile=False']."""
     return [f"--{k}={v}" for k, v in settings.items()]
 
 
 def command(script, *args, nproc=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    return [sys.executable, *torchrun, str(ROOT / script), *map(str, args)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    launcher = [sys.executable, *torchrun] if nproc else [sys.executable]
+    return [*launcher, str(ROOT / script), *map(str, args)]
 
 
 def environment():
@@ -92,14 +109,14 @@ def environment():
 
 def run(script, *args, cwd, nproc=0):
     """Run a script to its end; returns the CompletedProcess with stdout and stderr as text."""
-    return subprocess.run(command(script, *args, nproc=nproc), cwd=cwd, env=environment(), text=True,
-                          capture_output=True, timeout=300)
+    return subprocess.run(command(script, *args, nproc=nproc), cwd=cwd, env=environment(),
+                          text=True, capture_output=True, timeout=600)
 
 
 def start(script, *args, cwd):
     """Start a script and leave it running."""
-    return subprocess.Popen(command(script, *args), cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(command(script, *args), cwd=cwd, env=environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def read_log(log_dir):

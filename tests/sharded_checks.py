@@ -113,7 +113,8 @@ def muon_in_parts(world, folder):
 
 def model_of(world, seed=3, **sizes):
     cfg = TrainConfig(shard=True, compile=False, optimizer="muon")
-    config = GPTConfig(**{**dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=10), **sizes})
+    tiny = dict(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=10)
+    config = GPTConfig(**{**tiny, **sizes})
     torch.manual_seed(seed)
     return create_on(CPU, cfg.layout(), world, lambda: GPT(config)), cfg, config
 
@@ -173,8 +174,9 @@ def three_losses(world, **flags):
     x, y = torch.randint(61, (2, 2, 16), generator=torch.Generator().manual_seed(world.rank))
     losses = []
     for _ in range(3):
-        loss, _ = take_step(train_with(model, cfg.layout(), CPU, world), [(x, y, 32)] * 2, optimizers, scaler,
-                            torch.autocast("cpu", enabled=False), 1e-2, cfg, world)
+        loss, _ = take_step(train_with(model, cfg.layout(), CPU, world), [(x, y, 32)] * 2,
+                            optimizers, scaler, torch.autocast("cpu", enabled=False), 1e-2, cfg,
+                            world)
         losses.append(loss.item())
     return losses
 
@@ -194,7 +196,8 @@ def one_batch_size(world, folder):
 def state_of(model, optimizers, config, step):
     return dict(model=model.state_dict(keep_vars=True), config=vars(config), step=step,
                 optimizer=[optimizer.state_dict() for optimizer in optimizers], scaler={},
-                train_config={}, position=0, rng=[], tokenizer={"name": "gpt2"}, val_loss=None, val_step=None)
+                train_config={}, position=0, rng=[], tokenizer={"name": "gpt2"}, val_loss=None,
+                val_step=None)
 
 
 def one_step(model, optimizers):
@@ -362,8 +365,8 @@ def two_steps(cfg, config, micro_steps, world):
     x, y = torch.randint(config.vocab_size, (2, cfg.batch_size, cfg.block_size))
     for _ in range(2):
         batches = [(x, y, x.numel())] * micro_steps
-        take_step(train_with(model, cfg.layout(), CPU, world), batches, optimizers, scaler, autocast, 1e-4,
-                  cfg, world)
+        take_step(train_with(model, cfg.layout(), CPU, world), batches, optimizers, scaler,
+                  autocast, 1e-4, cfg, world)
 
 
 def resident(name):

@@ -120,7 +120,7 @@ def import_graph(sources):
 
 
 def find_circle(graph):
-    """The modules of one circle of imports, the first again at the end; None where there is none."""
+    """The modules of one circle of imports, the first again at the end, or None."""
     finished = set()
 
     def visit(module, path):
@@ -205,7 +205,7 @@ def package_importing_scripts(graph, scripts):
 
 
 def long_functions(source):
-    """(name, lines, limit) of each function that is longer than its limit; decorators not counted."""
+    """(name, lines, limit) of each function above its limit; decorators are not counted."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -386,7 +386,8 @@ modules, heavy = json.loads(sys.argv[1])
 loaded = {}
 for module in modules:
     importlib.import_module(module)
-    new = sorted(set(heavy) & set(sys.modules) - {name for names in loaded.values() for name in names})
+    known = {name for names in loaded.values() for name in names}
+    new = sorted(set(heavy) & set(sys.modules) - known)
     if new:
         loaded[module] = new
 print(json.dumps({"loaded": loaded, "threads": threading.active_count() - before}))

@@ -132,8 +132,8 @@ def test_a_resume_holds_the_checkpoint_once(tmp_path, sees_file):
     model.lm_head.weight.data.copy_(torch.arange(n, dtype=torch.float32).view(-1, 8))
     state = dict(model=model.state_dict(), config=vars(config),
                  optimizer=[dict(state={0: torch.ones(n)}, param_groups=[])], scaler={},
-                 rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={}, tokenizer=dict(name="gpt2"),
-                 step=3, position=9, val_loss=None, val_step=None)
+                 rng=[dict(cpu=torch.get_rng_state())] * 2, train_config={},
+                 tokenizer=dict(name="gpt2"), step=3, position=9, val_loss=None, val_step=None)
     save_checkpoint(folders[0] / "log", state, keep=0)
     processes = []
     for rank, folder in enumerate(folders):

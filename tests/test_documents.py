@@ -33,8 +33,8 @@ OTHER_PROGRAMS = {
     "sbatch",
 }
 # flags of gunicorn, Docker and Slurm that the text mentions
-OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue", "--bind",
-               "--ntasks-per-node"}
+OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue",
+               "--bind", "--ntasks-per-node"}
 OTHER_VARIABLES = ("TORCH_", "NCCL_", "GLOO_", "TIKTOKEN_")
 
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

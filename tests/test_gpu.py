@@ -285,7 +285,8 @@ def test_kill_and_resume_repeat_bit_for_bit(device, data, tmp_path, monkeypatch,
         train_gpt2.main()
 
     run_to_the_end(tmp_path / "whole")
-    killed = run_code(QUICK_COMPILER * REHEARSAL + KILLED, *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
+    killed = run_code(QUICK_COMPILER * REHEARSAL + KILLED,
+                      *flags(**settings, log_dir=tmp_path / "killed"), cwd=tmp_path)
     assert killed.returncode == -9, killed.stderr
     assert 10 <= max(read_log(tmp_path / "killed")["train"]) < 19
     run_to_the_end(tmp_path / "killed")
@@ -338,19 +339,13 @@ with join() as world:
 """
 
 
-def torchrun(*args, nproc, cwd):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={nproc}", *map(str, args)]
-    return subprocess.run(argv, cwd=cwd, text=True, capture_output=True, timeout=300,
-                          env={**environment(), "PYTHONPATH": str(ROOT)})
-
-
-def test_one_process_of_torchrun_trains_by_nccl(device, tmp_path):
+def test_one_process_of_torchrun_trains_by_nccl(device, tmp_path, monkeypatch):
     """Guards against a process group, or DDP around a compiled model, that fails on the first
     host with GPUs."""
     (tmp_path / "steps.py").write_text(ONE_PROCESS)
     backend = "aot_eager" if REHEARSAL else "inductor"
-    done = torchrun("steps.py", device.type, backend, nproc=1, cwd=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = run(tmp_path / "steps.py", device.type, backend, nproc=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the steps are equal: True" in done.stdout
 

@@ -194,9 +194,9 @@ class Saver:
         """Whether a checkpoint with this validation loss is to be kept as the best one."""
         return self.keep_best and val_loss < self.best_loss
 
-    def save(self, state, wait=False):
+    def save(self, state, wait=False, keep_all=False):
         """Copy the state and write the copy in the background; with wait, return when it is on
-        disk.
+        disk; with keep_all, no earlier checkpoint is removed.
 
         state: a nest of tensors and plain values, with "step", "val_step" and "val_loss".
         Collective: every process calls it. Raises UserError only with wait: otherwise a checkpoint
@@ -208,24 +208,25 @@ class Saver:
         if is_best:
             self.best_loss = state["val_loss"]
         state = {"version": CHECKPOINT_VERSION, "best_loss": self.best_loss, **state}
+        keep = 0 if keep_all else self.keep
         if self.group:
-            write = self._start_directory(state, wait, is_best)
+            write = self._start_directory(state, wait, keep, is_best)
         else:
-            write = self._start_file(state, is_best)
+            write = self._start_file(state, keep, is_best)
         self.writing = write and self.thread.submit(self._report, write, state["step"], wait)
         if wait and self.writing:
             self.writing.result()
 
-    def _start_file(self, state, is_best):
+    def _start_file(self, state, keep, is_best):
         copy = copy_to_host(state, keep=self.world.rank == 0)
         if self.world.rank > 0:
             return None
-        return lambda: save_checkpoint(self.log_dir, copy, self.keep, is_best)
+        return lambda: save_checkpoint(self.log_dir, copy, keep, is_best)
 
-    def _start_directory(self, state, wait, is_best):
+    def _start_directory(self, state, wait, keep, is_best):
         path = checkpoint_path(self.log_dir, state["step"])
         writer = DirectoryWriter(path, state, self.group, frozen=wait)
-        return lambda: writer.finish(lambda: publish_checkpoint(path, self.keep, is_best))
+        return lambda: writer.finish(lambda: publish_checkpoint(path, keep, is_best))
 
     def _report(self, write, step, must_succeed):
         try:

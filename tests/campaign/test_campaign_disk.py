@@ -158,7 +158,7 @@ def test_a_log_with_room_again(tmp_path, training, rng, progress, name):
         assert torn == [], what
         assert len(theirs) - 8 <= len(ours) < len(theirs), what
         shutil.rmtree(folder)
-    progress.tell(f"full disk: {scaled(8)} runs whose {name} had room again later: whole lines only")
+    progress.tell(f"full disk: {scaled(8)} runs whose {name} had room later: whole lines only")
 
 
 # -----------------------------------------------------------------------------

@@ -201,9 +201,9 @@ def test_one_worker_is_killed_and_torchrun_goes_on(tmp_path, data_root, rng, pro
     assert list(losses) == list(range(len(losses)))
     assert [step for step in losses if losses[step] != expected[step]] == []
     waits.sort()
-    progress.tell(f"one worker of two: {n_kills} kills -9; from torchrun's notice to the first step "
-                  f"median {waits[len(waits) // 2]:.1f} s, longest {waits[-1]:.1f} s (a start of the "
-                  f"same two before: {ours.start_seconds:.1f} s, after: "
+    progress.tell(f"one worker of two: {n_kills} kills -9; from torchrun's notice to the first "
+                  f"step median {waits[len(waits) // 2]:.1f} s, longest {waits[-1]:.1f} s (a start "
+                  f"of the same two before: {ours.start_seconds:.1f} s, after: "
                   f"{undisturbed.start_seconds:.1f} s)")
 
 

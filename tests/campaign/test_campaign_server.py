@@ -122,7 +122,8 @@ def raw_request(rng):
         body["max_tokens"] = body.pop("max_length")
     data = json.dumps(body).encode()
     if rng.random() < 0.2:
-        return f"GET {rng.choice(['/', '/health', '/metrics'])} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        path = rng.choice(["/", "/health", "/metrics"])
+        return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     head = (f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(data)}\r\n\r\n")
     return head.encode() + data
@@ -230,7 +231,8 @@ def test_the_server_is_stopped_and_continued(home, rng, progress):
             server.process.send_signal(signal.SIGSTOP)
             time.sleep(rng.uniform(0, 0.5))
             server.process.send_signal(signal.SIGCONT)
-            assert future.result(serving.WAIT).json()["generated_text"] == expected["generated_text"]
+            answer = future.result(serving.WAIT).json()
+            assert answer["generated_text"] == expected["generated_text"]
         assert_well(server)
     progress.tell(f"server: {scaled(50)} SIGSTOP and SIGCONT, every answer as undisturbed")
 

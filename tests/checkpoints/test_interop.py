@@ -290,7 +290,8 @@ def test_fine_tuning_a_hugging_face_directory(bpe, tmp_path, monkeypatch):
 def test_a_folder_of_chinese_becomes_a_model(tmp_path):
     """Guards against a recipe for any language (text, tokenizer, shards, model) whose samples are
     no whole characters of it."""
-    files = {"书/春.txt": chinese(250, 1), "书/旧/夏.md": chinese(150, 2), "书/秋.txt": chinese(100, 3)}
+    files = {"书/春.txt": chinese(250, 1), "书/旧/夏.md": chinese(150, 2),
+             "书/秋.txt": chinese(100, 3)}
     texts = {}
     for name, sentences in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """
 python -m pytest tests/data/test_ready.py
 
-Shards that others have made, from a server on this machine that behaves as the Hugging Face Hub does
-on a bad day. The real Hub is not asked. All of it needs the GPT-2 vocabulary.
+Shards that others have made, from a server on this machine that behaves as the Hugging Face Hub
+does on a bad day. The real Hub is not asked. All of it needs the GPT-2 vocabulary.
 """
 
 import json

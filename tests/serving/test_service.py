@@ -285,7 +285,7 @@ threading.Event.wait = deaf_wait
 
 
 def test_ctrl_c_ends_a_server_whose_waits_it_cannot_end(home):
-    """Guards against Ctrl-C that does nothing on Windows: its handler runs when a wait has ended."""
+    """Guards against Ctrl-C that does nothing on Windows, where a handler runs when a wait ends."""
     with run_server(home, DEAF_WHILE_WAITING) as server:
         server.ready()
         server.process.send_signal(signal.SIGINT)

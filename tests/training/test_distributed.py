@@ -3,9 +3,7 @@
     python -m pytest tests/training/test_distributed.py
 """
 
-import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -17,7 +15,7 @@ from subprocess import PIPE, STDOUT, Popen
 import pytest
 import torch
 from conftest import (ROOT, TINY, command, english, environment, flags, read_log, run,
-                      write_dataset)
+                      write_dataset, write_hellaswag)
 from torch.distributed import TCPStore
 
 from gptlib.distributed import agree_on_name
@@ -26,16 +24,6 @@ from gptlib.distributed import agree_on_name
 # processes
 SETTINGS = {**TINY, "total_batch_size": 320, "max_steps": 10, "hellaswag_examples": 20,
             "hellaswag_data": "hella.jsonl", "data_root": "data"}
-
-
-def write_hellaswag(path):
-    """Twenty questions in the words of the corpus."""
-    rng = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
-    with open(path, "w") as f:
-        for i in range(20):
-            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
-            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
 
 
 def losses(log_dir):

@@ -71,7 +71,7 @@ def test_elsewhere_it_is_the_models_own_loss(model):
 
 @torch.no_grad()
 def test_a_gpu_sees_one_shape(model, monkeypatch):
-    """Guards against a short last batch that is compiled for minutes, or that counts its padding."""
+    """Guards against a short last batch that compiles for minutes, or that counts its padding."""
     shapes = []
 
     def compile_model(function, device, **options):

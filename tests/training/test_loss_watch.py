@@ -10,6 +10,8 @@ loss_curves.json holds losses of real runs, each step's: `shakespeare`, bytes of
 import functools
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,20 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(tmp_path, data_root, exp
 
     monkeypatch.setattr(train_gpt2, "get_lr", lambda step, cfg: cfg.max_lr)
     train_into(folder, data_root, auto_resume=True, max_lr=1e-3)  # another setting: it goes on
+
+
+def test_a_stop_while_the_loss_is_high_removes_nothing(tmp_path, data_root, exploding, monkeypatch):
+    """Guards against SIGTERM in the midst of an explosion, whose checkpoint pushes out the only
+    good one."""
+    def ruin_and_stop(step, cfg):
+        if step == 28:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cfg.max_lr if step < 25 else 3.0
+
+    monkeypatch.setattr(train_gpt2, "get_lr", ruin_and_stop)
+    train_into(tmp_path, data_root, keep_checkpoints=1)
+    kept = sorted(path.name for path in tmp_path.glob("model_*.pt"))
+    assert kept == ["model_00020.pt", "model_00028.pt"]
 
 
 def test_a_run_may_go_on_in_spite_of_it(tmp_path, data_root, exploding):

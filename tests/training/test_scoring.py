@@ -1,7 +1,7 @@
 """HellaSwag's scorer: the shared context is read once, the choices remain the plain method's.
 
     python -m pytest tests/training/test_scoring.py
-    HELLASWAG_DATA=hellaswag_val.jsonl python -m pytest tests/training/test_scoring.py  # with real ones
+    HELLASWAG_DATA=hellaswag_val.jsonl python -m pytest tests/training/test_scoring.py  # real ones
 """
 
 import base64

@@ -7,22 +7,20 @@ import contextlib
 import functools
 import json
 import os
-import random
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, english, environment, write_dataset
+from conftest import TINY, english, run, write_dataset, write_hellaswag
 
-from gptlib.runtime import resolve_dtype
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.checkpoints.start import choose_checkpoint
 from gptlib.common import UserError
+from gptlib.data.tokenizer import export_tokenizer, load_tokenizer
+from gptlib.runtime import resolve_dtype
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.training.parallel import Layout
-from gptlib.data.tokenizer import export_tokenizer, load_tokenizer
 from inference import load_for_sampling
 from interop_helpers import hugging_face
 from sharded_checks import MEASURED, measured_settings
@@ -39,24 +37,6 @@ BASE = {**TINY, "n_layer": 3, "total_batch_size": 320, "batch_size": 3, "max_ste
         "checkpoint_interval": 2, "keep_checkpoints": 0, "hellaswag_examples": 20}
 MUON = {"optimizer": "muon"}
 HUGGING_FACE = ["hf_one_file", "hf_several", "hf_pickle", "hf_half"]
-
-
-def torchrun(nproc, script, *args, cwd):
-    """Run a script of the tests in nproc processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    argv = [sys.executable, *launcher, str(ROOT / "tests" / script), *args]
-    return subprocess.run(argv, cwd=cwd, env=environment(), text=True, capture_output=True,
-                          timeout=600)
-
-
-def write_hellaswag(path):
-    """Twenty questions in the words of the corpus."""
-    rng = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "home"]
-    with open(path, "w") as f:
-        for i in range(20):
-            endings = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(4)]
-            f.write(json.dumps(dict(ctx="the cat sat", endings=endings, label=i % 4)) + "\n")
 
 
 def write_hugging_face(root, tokenizer):
@@ -87,7 +67,7 @@ def root(tmp_path_factory, one_thread):
         if nproc == 1:
             with contextlib.chdir(root):
                 return run_all("runs.json")
-        done = torchrun(nproc, "sharded_runs.py", "runs.json", cwd=root)
+        done = run("tests/sharded_runs.py", "runs.json", cwd=root, nproc=nproc)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def resume(path):
@@ -225,7 +205,7 @@ def test_in_several_processes(checks, check):
 def checks(tmp_path_factory):
     """The results of each rank: {check: "ok" or a traceback}."""
     folder = tmp_path_factory.mktemp("checks")
-    done = torchrun(3, "sharded_checks.py", str(folder), *CHECKS, cwd=folder)
+    done = run("tests/sharded_checks.py", folder, *CHECKS, cwd=folder, nproc=3)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
@@ -349,7 +329,8 @@ def killed(tmp_path_factory):
     """The folder in which two processes measured their steps, and one of them then died."""
     folder = tmp_path_factory.mktemp("killed")
     names = ["peak_of_steps"] if CAN_MEASURE else []
-    done = torchrun(2, "sharded_checks.py", str(folder), *names, "die_while_saving", cwd=folder)
+    done = run("tests/sharded_checks.py", folder, *names, "die_while_saving", cwd=folder,
+               nproc=2)
     assert done.returncode != 0
     return folder
 

@@ -41,18 +41,20 @@ def hugging_face_twin(model):
     """transformers' GPT-2 with the weights of ours, copied by the names that both share."""
     from transformers import GPT2Config, GPT2LMHeadModel
     c = model.config
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                    n_head=c.n_head, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    hf = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    linear = ("c_proj.weight", "c_attn.weight", "c_fc.weight")  # transposed there
     ours = model.state_dict()
     with torch.no_grad():
         for name, p in hf.state_dict().items():
-            p.copy_(ours[name].t() if ours[name].shape != p.shape or "c_proj.weight" in name or "c_attn.weight" in name
-                    or "c_fc.weight" in name else ours[name])
+            p.copy_(ours[name].t() if name.endswith(linear) else ours[name])
     return hf.eval()
 
 
 def scrambled(config, seed=0):
-    """A model whose every parameter is random, biases and norms included: zeros and ones would hide a missing term."""
+    """A model whose every parameter is random, biases and norms included: zeros and ones would
+    hide a missing term."""
     torch.manual_seed(seed)
     model = GPT(config)
     for p in model.parameters():
@@ -88,9 +90,10 @@ def test_initial_weights_follow_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=1024, n_layer=8, n_head=4, n_embd=128))
     assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert model.transformer.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
-    assert model.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03)
-    assert model.transformer.h[3].mlp.c_fc.bias.abs().max() == 0
+    block = model.transformer.h[3]
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03)
+    assert block.mlp.c_fc.bias.abs().max() == 0
     loss = model(torch.randint(1024, (4, 256)), torch.randint(1024, (4, 256)))[1]
     assert loss.item() == pytest.approx(math.log(1024), rel=0.02)  # it knows nothing yet
 
@@ -147,20 +150,22 @@ def test_a_sequence_beyond_the_block_size_is_refused():
 
 
 def test_sampling_follows_the_definitions():
-    """Guards against draws that don't follow temperature, top-k and top-p: frequencies are counted."""
+    """Guards against draws that don't follow temperature, top-k and top-p."""
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)
 
-    def frequencies(**how):
-        return torch.bincount(sample_next(logits, generator=generator, **how).view(-1), minlength=4) / 4000
+    def assert_drawn(*expected, **how):
+        drawn = sample_next(logits, generator=generator, **how).view(-1)
+        frequencies = torch.bincount(drawn, minlength=4) / 4000
+        torch.testing.assert_close(frequencies, torch.tensor(expected), atol=0.03, rtol=0)
 
     assert sample_next(logits, temperature=0)[:, 0].tolist() == [0] * 4000
-    torch.testing.assert_close(frequencies(), torch.tensor([0.5, 0.25, 0.15, 0.1]), atol=0.03, rtol=0)
-    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([2 / 3, 1 / 3, 0, 0]), atol=0.03, rtol=0)
-    torch.testing.assert_close(frequencies(top_p=0.76), torch.tensor([0.5, 0.25, 0.15, 0]) / 0.9, atol=0.03, rtol=0)
-    squared = torch.tensor([0.5, 0.25, 0.15, 0.1]) ** 2
-    torch.testing.assert_close(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03, rtol=0)
+    assert_drawn(0.5, 0.25, 0.15, 0.1)
+    assert_drawn(2 / 3, 1 / 3, 0, 0, top_k=2)
+    assert_drawn(2 / 3, 1 / 3, 0, 0, top_p=0.75)
+    assert_drawn(0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0, top_p=0.76)
+    squares = [0.25, 0.0625, 0.0225, 0.01]
+    assert_drawn(*(square / sum(squares) for square in squares), temperature=0.5)
 
 
 def test_greedy_generation_equals_the_uncached_model():
@@ -188,7 +193,8 @@ def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(32, 320, 2, 2, 32))
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    tokens = np.concatenate([np.load(p) for p in sorted(data_root.glob("*_train_*"))]).astype(np.int64)
+    shards = [np.load(path) for path in sorted(data_root.glob("*_train_*"))]
+    tokens = np.concatenate(shards).astype(np.int64)
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
     losses = []
     for step in range(10):
@@ -197,7 +203,8 @@ def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
         model.zero_grad()
         loss.backward()
         losses.append(loss.item())
-        lr = 3e-3 * (step + 1) / 4 if step < 4 else 3e-4 + 2.7e-3 * (1 + math.cos(math.pi * (step - 4) / 6)) / 2
+        cosine = 3e-4 + 2.7e-3 * (1 + math.cos(math.pi * (step - 4) / 6)) / 2
+        lr = 3e-3 * (step + 1) / 4 if step < 4 else cosine
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -207,7 +214,8 @@ def test_ten_adamw_steps_equal_a_plain_loop(tmp_path, data_root):
                 v.mul_(0.95).add_(0.05 * g * g)
                 if p.dim() >= 2:
                     p.mul_(1 - lr * 0.1)
-                p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
+                mean = m / (1 - 0.9 ** (step + 1))
+                p.sub_(lr * mean / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
     checkpoint = dict(model=start, config=dataclasses.asdict(model.config),
                       tokenizer=tiny_tokenizer(data_root))
     train(cfg, Start(checkpoint=checkpoint))
@@ -226,7 +234,8 @@ def test_the_schedule_is_the_recipes():
     """Guards against another learning rate than the recipe's at any step."""
     cfg = TrainConfig()
     rates = [get_lr(step, cfg) for step in (0, 357, 714, 715, 9894, 19073, 30000)]
-    assert rates == pytest.approx([6e-4 / 715, 6e-4 * 358 / 715, 6e-4, 6e-4, 3.3e-4, 6e-5, 6e-5], rel=1e-3)
+    expected = [6e-4 / 715, 6e-4 * 358 / 715, 6e-4, 6e-4, 3.3e-4, 6e-5, 6e-5]
+    assert rates == pytest.approx(expected, rel=1e-3)
 
 
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
@@ -235,8 +244,10 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     adamw, muon = configure_optimizers(model, TrainConfig(optimizer="muon"), torch.device("cpu"))
     names = {id(p): n for n, p in model.named_parameters()}
     of_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
-    assert of_muon == {n for n in names.values() if ".h." in n and n.endswith("weight") and ".ln" not in n}
-    assert {names[id(p)] for g in adamw.param_groups for p in g["params"]} == set(names.values()) - of_muon
+    of_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert of_muon == {name for name in names.values()
+                       if ".h." in name and name.endswith("weight") and ".ln" not in name}
+    assert of_adamw == set(names.values()) - of_muon
     decayed = {names[id(p)] for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
     assert decayed == {"transformer.wte.weight", "transformer.wpe.weight"}
 
@@ -296,8 +307,10 @@ def test_validation_is_the_mean_over_the_first_tokens(data_root):
     loader = TokenLoader(data_root, "val", 32)
     tokens = torch.from_numpy(np.load(next(data_root.glob("*_val_*"))).astype(np.int64))
     with torch.no_grad():
-        total = sum(F.cross_entropy(model(tokens[None, a:min(a + 32, 1499)])[0][0], tokens[a + 1:min(a + 33, 1500)],
-                                    reduction="sum").item() for a in range(0, 1499, 32))
+        total = sum(F.cross_entropy(model(tokens[None, a:min(a + 32, 1499)])[0][0],
+                                    tokens[a + 1:min(a + 33, 1500)], reduction="sum").item()
+                    for a in range(0, 1499, 32))
+
     def evaluate(n_tokens, batch_size):
         evaluator = Evaluator(model, CPU, NO_AUTOCAST, batch_size=batch_size)
         return evaluator.validation_loss(loader, n_tokens)
@@ -312,19 +325,22 @@ def test_validation_is_the_mean_over_the_first_tokens(data_root):
 
 def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
     """Guards against a run that doesn't learn, or whose log lacks steps."""
-    done = run("train_gpt2.py", *flags(**{**TINY, "max_steps": 40, "num_samples": 2}, data_root=data_root), cwd=tmp_path)
+    settings = {**TINY, "max_steps": 40, "num_samples": 2}
+    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "log")
     assert sorted(log["train"]) == list(range(40))
     assert sorted(log["val"]) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert float(log["val"][0]) == pytest.approx(math.log(320), abs=0.2)
     assert float(log["val"][40]) < 2.5
-    records = [json.loads(line) for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "log" / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert records[0]["kind"] == "config"
     assert records[0]["config"]["max_steps"] == 40
     assert records[0]["torch"]
     val = [r for r in records if r["kind"] == "val"][-1]
-    assert val["bpb"] == pytest.approx(val["loss"] / math.log(2) * 1500 / sum(np.load(next(data_root.glob("*val*"))) != 256))
+    n_bytes = (np.load(next(data_root.glob("*val*"))) != 256).sum()
+    assert val["bpb"] == pytest.approx(val["loss"] / math.log(2) * 1500 / n_bytes)
     assert done.stdout.count("sample: the ") == 16
     assert (tmp_path / "log" / "log.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "log" / "latest_checkpoint.pt").resolve().name == "model_00040.pt"
@@ -333,8 +349,8 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
 def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
     """Guards against a precision or an optimizer that trains nothing."""
     for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
-        cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30}, data_root=str(data_root),
-                          log_dir=str(tmp_path / "log"))
+        cfg = TrainConfig(**{**TINY, **settings, "max_steps": 30, "eval_interval": 30},
+                          data_root=str(data_root), log_dir=str(tmp_path / "log"))
         assert train(cfg) < 3.0, settings
 
 
@@ -355,7 +371,7 @@ def test_a_run_past_its_end_ends_at_once(tmp_path, data_root, monkeypatch, capsy
                  ["--resume", checkpoint, "--max_steps=3"]):
         capsys.readouterr()
         assert start(*more) == finished, more
-        assert "nothing to do: the run is at step 4 already" in capsys.readouterr().out, more
+        assert "nothing to do: at step 4, --max_steps is" in capsys.readouterr().out, more
 
 
 def test_derived_settings_are_derived_again(tmp_path, data_root, monkeypatch):
@@ -366,7 +382,8 @@ def test_derived_settings_are_derived_again(tmp_path, data_root, monkeypatch):
                                          f"--log_dir={tmp_path / 'log'}", *more])
         train_gpt2.main()
         lines = (tmp_path / "log" / "log.jsonl").read_text().splitlines()
-        return [r for r in map(json.loads, lines) if r["kind"] in ("config", "resume")][-1]["config"]
+        starts = [r for r in map(json.loads, lines) if r["kind"] in ("config", "resume")]
+        return starts[-1]["config"]
 
     first = {**TINY, "warmup_steps": 10, "eval_interval": 10, "num_samples": 0, "max_steps": 2}
     assert start(**first)["warmup_steps"] == 2
@@ -383,8 +400,9 @@ def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root
     losses."""
     losses = {}
     for compiled in (False, True):
-        settings = {**TINY, "compile": compiled, "max_steps": 4, "eval_interval": 2}
-        done = run("train_gpt2.py", *flags(**settings, data_root=data_root, log_dir=f"log_{compiled}"), cwd=tmp_path)
+        settings = {**TINY, "compile": compiled, "max_steps": 4, "eval_interval": 2,
+                    "log_dir": f"log_{compiled}"}
+        done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         if "torch.compile does not work here" in done.stdout:
             pytest.skip("no working C++ compiler")
@@ -398,7 +416,8 @@ def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root,
     """Guards against a run that ends where no compiler is installed."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    done = run("train_gpt2.py", *flags(**{**TINY, "compile": True, "max_steps": 2}, data_root=data_root), cwd=tmp_path)
+    settings = {**TINY, "compile": True, "max_steps": 2}
+    done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile does not work here") == 1
     assert len(read_log(tmp_path / "log")["train"]) == 2
@@ -406,7 +425,8 @@ def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root,
 
 def test_non_finite_gradients_are_skipped_and_ten_stop_the_run(tmp_path, data_root):
     """Guards against weights of NaN, and a run that goes on with nothing but skipped updates."""
-    settings = {**TINY, "max_lr": 1e30, "min_lr": 0.0, "max_steps": 40, "eval_interval": 1000, "checkpoint_interval": 1}
+    settings = {**TINY, "max_lr": 1e30, "min_lr": 0.0, "max_steps": 40, "eval_interval": 1000,
+                "checkpoint_interval": 1}
     done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -565,7 +585,8 @@ def test_a_short_micro_batch_leaves_the_full_one_static(tmp_path, data_root, mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_run_on_a_gpu_learns(tmp_path, data_root):
     """Guards against training that only works on a CPU."""
+    on_cuda = {**TINY, "device": "cuda", "dtype": "auto", "max_steps": 30}
     for settings in (dict(compile=False), dict(compile=True), dict(dtype="float16", compile=False)):
-        cfg = TrainConfig(**{**TINY, "device": "cuda", "dtype": "auto", "max_steps": 30, **settings},
-                          data_root=str(data_root), log_dir=str(tmp_path / "log"))
+        cfg = TrainConfig(**{**on_cuda, **settings}, data_root=str(data_root),
+                          log_dir=str(tmp_path / "log"))
         assert train(cfg) < 3.0, settings
