@@ -541,8 +541,7 @@ def train(cfg, start=Start(), world=distributed.World()):
     micro_batches = prefetch(data.train.micro_batches(position, cfg.total_batch_size, batch_size,
                                                       world, tokenizer.n_vocab), device)
     log = open_log(cfg, start, raw_model, data, device, dtype, world, batch_size)
-    n_parameters = sum(p.numel() for p in raw_model.parameters())
-    as_directory = cfg.shard and n_parameters > cfg.largest_file
+    as_directory = cfg.shard and sum(p.numel() for p in raw_model.parameters()) > cfg.largest_file
     saver = Saver(cfg.log_dir, cfg.keep_checkpoints, world, as_directory, cfg.keep_best,
                   start.best_loss)
     with (log, saver, contextlib.closing(micro_batches),
