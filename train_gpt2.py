@@ -259,7 +259,7 @@ class TrainConfig:
     n_layer: int = setting(12, "transformer blocks", 1)
     n_head: int = setting(12, "attention heads in each block", 1)
     n_embd: int = setting(768, "width of the residual stream", 1)
-    block_size: int = setting(1024, "tokens of context", 1)
+    block_size: int = setting(1024, "tokens of context", 1, formats.LONGEST_CONTEXT)
     dropout: float = setting(0.0, "dropout probability", 0.0, 0.99)
     data_root: str = setting("edu_fineweb10B", "dataset directory, see fineweb.py", section="data")
     dev: bool = setting(False, "hold the end of the training text out, and evaluate on it")

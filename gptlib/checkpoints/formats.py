@@ -15,6 +15,7 @@ from gptlib.checkpoints.verified_file import PickledConfig, read_checkpoint_file
 from gptlib.common import UserError, first_line
 from gptlib.runtime import skip_init
 
+LONGEST_CONTEXT = 2**16  # tokens: a step of a longer one takes minutes, and can't be interrupted
 MODEL_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TIED = ("transformer.wte.weight", "lm_head.weight")
 
@@ -111,6 +112,9 @@ def check_config(config, n_weights):
         value = config[name]
         is_size = type(value) is int and value > 0
         require(is_size, f"its {name} is {value!r}, expected a whole number above 0")
+    context = config["block_size"]
+    require(context <= LONGEST_CONTEXT,
+            f"its block_size is {context}, expected at most {LONGEST_CONTEXT}")
     n_layer, n_head, n_embd = config["n_layer"], config["n_head"], config["n_embd"]
     require(n_embd % n_head == 0, f"its n_embd, {n_embd}, does not divide by its n_head, {n_head}")
     require(n_layer < n_weights, f"its n_layer is {n_layer}, and it has {n_weights} weights")

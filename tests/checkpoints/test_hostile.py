@@ -350,6 +350,8 @@ HOSTILE = {  # name: (function that writes it, what the line says)
         file(set_item("config", "n_layer", 10**6)), "its n_layer is 1000000, and it has"),
     "a vocabulary of 10^13": (
         file(set_item("config", "vocab_size", 10**13)), "there is no memory for a model"),
+    "a context of a million": (
+        file(set_item("config", "block_size", 10**6)), "its block_size is 1000000, expected"),
     "a million layers of Hugging Face": (
         hugging_face_directory(edit_json("config.json", n_layer=10**6)),
         "its config.json describes"),
@@ -469,11 +471,13 @@ def test_every_command_refuses_it_in_a_line(name, tmp_path, monkeypatch, data_ro
 
 
 @pytest.mark.parametrize("write", [
-    lambda folder: file(lambda c: None)(folder), file(lambda c: None, "nanoGPT"),
-    directory(lambda path: None), hugging_face_directory(lambda path: None)],
-    ids=["ours", "nanoGPT", "directory", "Hugging Face"])
-def test_the_doors_take_it_without_the_change(write, tmp_path, monkeypatch, data_root):
-    """Guards against a table whose checkpoints are refused for another reason than it gives."""
+    file(lambda c: None), file(lambda c: None, "nanoGPT"), directory(lambda path: None),
+    hugging_face_directory(lambda path: None), file(drop("model", "lm_head.weight")),
+    file(drop("model", "transformer.wte.weight"))],
+    ids=["ours", "nanoGPT", "directory", "Hugging Face", "no head", "no embedding"])
+def test_the_doors_take_it_without_the_change(write, tmp_path):
+    """Guards against a table whose checkpoints are refused for another reason than it gives, and
+    a file that names the one matrix of embedding and head once which is refused."""
     path = write(tmp_path)
     GPT.from_checkpoint(load_checkpoint(path))
     inference.load_for_sampling(path, "cpu")

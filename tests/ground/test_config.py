@@ -148,6 +148,7 @@ def test_every_preset_is_valid(name):
     (["--preset", "gtp2"], "choose one of demo"),
     (["--n_layer", "two"], "--n_layer"),
     (["--n_layer", "0"], "--n_layer is 0: expected at least 1"),
+    (["--block_size", "1000000"], "--block_size is 1000000: expected 1 to 65536"),
     (["--n_head", "5"], "--n_embd 768 does not divide by --n_head 5"),
     (["--max_lr", "nan"], "--max_lr is nan"),
     (["--min_lr", "1"], "--min_lr 1.0 is above --max_lr"),
