@@ -4,6 +4,7 @@ python -m pytest tests/serving/test_api.py
 """
 
 import dataclasses
+import gzip
 import json
 import re
 import socket
@@ -120,6 +121,21 @@ def test_wrong_routes_methods_and_content_types(server):
     with socket.create_connection(("127.0.0.1", server.port), WAIT) as s:
         s.sendall(b"no http at all\r\n\r\n")
         assert json.loads(s.makefile("rb").read().split(b"\r\n\r\n", 1)[1])["error"]["message"]
+
+
+@pytest.mark.parametrize("path, body, headers, status, message", [
+    ("/generate", b'\xef\xbb\xbf{"prompt": "a"}', {}, 400, "begins with a byte order mark"),
+    ("/generate", '{"prompt": "a"}'.encode("utf-16"), {}, 400, "begins with a byte order mark"),
+    ("/generate", gzip.compress(b'{"prompt": "a"}'), {"Content-Encoding": "gzip"}, 415,
+     "the body is compressed (Content-Encoding: gzip)"),
+    ("/v1/chat/completions", b'{"messages": []}', {}, 404, "use POST /v1/completions"),
+], ids=["BOM", "UTF-16", "gzip", "chat"])
+def test_a_body_that_other_servers_take_is_named(server, path, body, headers, status, message):
+    """Guards against "not valid JSON" for a body that a client's library encoded otherwise."""
+    headers = {"Content-Type": "application/json", **headers}
+    response = requests.post(server.url + path, body, headers=headers, timeout=WAIT)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
 
 
 def test_the_openai_package_gets_what_it_expects(server, model):
