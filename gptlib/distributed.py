@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from gptlib.common import UserError, first_line, warn
 from gptlib.runtime import resolve_device
@@ -363,9 +362,16 @@ def broadcast_nest(nest, rank, keep_own=False):
 # sharded tensors
 
 
+def is_sharded(tensor):
+    """Whether a tensor is sharded, a DTensor. While nobody has imported that class, which takes
+    seconds, no tensor is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor):
     """The whole of a tensor that may be sharded. Collective if it is: every process calls it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def own_rows(tensor, mesh):
@@ -381,7 +387,7 @@ def shard_like(tensor, parameter):
     The tensor itself is returned if the parameter is not sharded or has another shape (a step
     count has). Nothing is copied from an empty tensor on the meta device.
     """
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+    if not is_sharded(parameter) or tensor.shape != parameter.shape:
         return tensor
     part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
     if not tensor.is_meta:

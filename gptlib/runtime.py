@@ -81,7 +81,10 @@ def prepare_device(device, deterministic=False, keep_memory=True):
     set_malloc(device, keep_memory)
     if deterministic or device.type == "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(True)
+        else:  # use_deterministic_algorithms would import the compiler, which takes a second
+            torch.set_deterministic_debug_mode("warn")
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
@@ -105,13 +108,12 @@ def nondeterministic_algorithms():
     """A context that allows any kernel: drawing samples needs a cumulative sum, for which CUDA has
     no deterministic kernel.
     """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import hellaswag
 import train_gpt2
-from gptlib.checkpoints.directory import DirectoryWriter
+from gptlib.checkpoints.sharded_tensors import DirectoryWriter
 from gptlib.data.tokenizer import tokenizer_to_dict, train_bpe
 from train_gpt2 import GPT, GPTConfig
 

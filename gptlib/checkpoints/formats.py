@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gptlib.checkpoints.directory import (fill_checkpoint, is_checkpoint_directory,
-                                          read_checkpoint_directory)
+from gptlib.checkpoints.directory import is_checkpoint_directory, read_checkpoint_directory
 from gptlib.checkpoints.huggingface import MASKS, load_hugging_face, locate_model
 from gptlib.checkpoints.saver import CHECKPOINT_VERSION, list_checkpoints
 from gptlib.checkpoints.verified_file import PickledConfig, read_checkpoint_file
@@ -38,6 +37,7 @@ def load_any_format(path, mmap, model_only):
     """load_checkpoint with two separate choices: whether the file is mapped, and whether only the
     model's tensors are verified."""
     if is_checkpoint_directory(path):
+        from gptlib.checkpoints.sharded_tensors import fill_checkpoint
         return fill_checkpoint(load_directory(path), model_only)
     path = Path(locate_model(path))
     if path.is_dir():

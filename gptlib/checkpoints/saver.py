@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-from gptlib.checkpoints.directory import DirectoryWriter, remove_directory
+from gptlib.checkpoints.directory import remove_directory
 from gptlib.checkpoints.verified_file import directory_identity
 from gptlib.common import UserError, atomic_write, print0, remove_leftover
-from gptlib.distributed import World, any_rank, map_leaves, share_from_rank0, whole
+from gptlib.distributed import (World, any_rank, is_sharded, map_leaves, share_from_rank0,
+                                whole)
 
 CHECKPOINT_VERSION = 1  # a program that knows only lower ones refuses the checkpoint
 LATEST = "latest_checkpoint.pt"
@@ -130,10 +130,10 @@ def copy_to_host(state, keep=True):
     def copy(leaf):
         if not torch.is_tensor(leaf):
             return leaf
-        is_sharded = isinstance(leaf, DTensor)
         # Every rank must gather the same tensors. A rank without rows of a tensor has no address
         # to tell it by, so a sharded one is told by its object.
-        key = id(leaf) if is_sharded else (leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype)
+        key = (id(leaf) if is_sharded(leaf)
+               else (leaf.device, leaf.data_ptr(), leaf.shape, leaf.dtype))
         if key not in copies:
             tensor = whole(leaf.detach())
             copies[key] = tensor.to("cpu", copy=True) if keep else None
@@ -224,6 +224,7 @@ class Saver:
         return lambda: save_checkpoint(self.log_dir, copy, keep, is_best)
 
     def _start_directory(self, state, wait, keep, is_best):
+        from gptlib.checkpoints.sharded_tensors import DirectoryWriter
         path = checkpoint_path(self.log_dir, state["step"])
         writer = DirectoryWriter(path, state, self.group, frozen=wait)
         return lambda: writer.finish(lambda: publish_checkpoint(path, keep, is_best))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from gptlib.checkpoints.directory import (fill_checkpoint, identity_of_directory,
-                                          is_checkpoint_directory, read_tensors, split_sharded)
+from gptlib.checkpoints.directory import (identity_of_directory, is_checkpoint_directory,
+                                          split_sharded)
 from gptlib.checkpoints.formats import load_any_format, load_checkpoint, load_directory
 from gptlib.checkpoints.huggingface import identity_of_hugging_face, locate_model
 from gptlib.checkpoints.saver import list_checkpoints
@@ -92,6 +92,7 @@ class Start:
                 state = dict(state, param_groups=optimizer.state_dict()["param_groups"])
                 optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
             if self.directory:  # what is there now is empty
+                from gptlib.checkpoints.sharded_tensors import read_tensors
                 read_tensors(self.directory, named_optimizer_tensors(optimizers))
             if self.scaler:
                 scaler.load_state_dict(self.scaler)
@@ -164,6 +165,7 @@ def load_start(flags, world, known):
         settings = known_settings(checkpoint["train_config"], known)
     shard = {**settings, **flags}.get("shard", False)
     if "directory" in checkpoint and not shard:
+        from gptlib.checkpoints.sharded_tensors import fill_checkpoint
         fill_checkpoint(checkpoint, model_only=offer.weights_only)
     start = Start(settings, checkpoint, checkpoint.pop("directory", None))
     if not offer.weights_only:

@@ -4,11 +4,10 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gptlib.distributed import World, any_rank
+from gptlib.distributed import World, any_rank, is_sharded
 from gptlib.runtime import compile_model
 
 HEAD_ROWS = 8192  # rows of logits at a time: 1.6 GB in float32 for GPT-2's vocabulary
@@ -28,6 +27,7 @@ class Evaluator:
         """batch_size: rows of a validation batch; compile: the validation loss, on CUDA."""
         self.model, self.device, self.autocast, self.world = model, device, autocast, world
         self.batch_size = batch_size
+        self.is_sharded = is_sharded(next(model.parameters()))
         self.batch_loss = make_batch_loss(model, device, batch_size, compile)
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class Evaluator:
 
     def __enter__(self):
         self.autocast.__enter__()
-        if isinstance(self.model, FSDPModule):
+        if self.is_sharded:
             self.eager = torch.compiler.set_stance("force_eager")
             self.eager.__enter__()
             self.hidden = self.model.hidden
@@ -70,7 +70,7 @@ class Evaluator:
         return self.hidden(*args, **kwargs)
 
     def __exit__(self, *error):
-        if isinstance(self.model, FSDPModule):
+        if self.is_sharded:
             self.model.hidden = self.hidden
             if error[0] is None:
                 self.follow_the_others()

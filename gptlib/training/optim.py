@@ -10,10 +10,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr
 
-from gptlib.distributed import World
+from gptlib.distributed import World, is_sharded
 from gptlib.runtime import resolve_dtype
 from gptlib.training.memory import MUON_ELEMENTS_AT_ONCE
 
@@ -77,7 +76,7 @@ class Muon(torch.optim.Muon):
 
     def _owners(self, params):
         """Under DDP the rank that iterates on each matrix; None if all ranks have a part in it."""
-        if not params or self.world.size == 1 or isinstance(params[0], DTensor):
+        if not params or self.world.size == 1 or is_sharded(params[0]):
             return [None] * len(params)
         return assign_owners(params, self.world.size)
 
@@ -116,7 +115,7 @@ class Muon(torch.optim.Muon):
         They are zeros if the step is skipped. directions: of the matrices that this rank owns or
         has rows of.
         """
-        if isinstance(params[0], DTensor):
+        if is_sharded(params[0]):
             mesh = params[0].device_mesh
             exchange = RowExchange(params, mesh.get_group(mesh.ndim - 1))
             matrices = self._solve(exchange.gather(directions), group)
@@ -141,7 +140,7 @@ def parts(params):
     """
     first, elements = 0, 0
     for i, p in enumerate(params):
-        ranks = p.device_mesh.size(-1) if isinstance(p, DTensor) else math.inf
+        ranks = p.device_mesh.size(-1) if is_sharded(p) else math.inf
         share = p.numel() / ranks
         if i - first >= ranks and elements + share > MUON_ELEMENTS_AT_ONCE:
             yield slice(first, i)
@@ -153,7 +152,7 @@ def parts(params):
 
 def local(tensor):
     """This rank's part of a tensor: its rows if the tensor is sharded, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 # -----------------------------------------------------------------------------

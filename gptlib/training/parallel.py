@@ -15,12 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
-from gptlib.checkpoints.directory import read_tensors
 from gptlib.common import UserError, crc32_of_file
 from gptlib.distributed import COLLECTIVE_TIMEOUT, own_rows, require_equal, whole
 from gptlib.runtime import compile_model
@@ -84,6 +82,10 @@ def create_on(device, layout, world, create_model, directory=None):
         model = create_model().to(device)
         recompute_blocks(model, layout.recompute_every)
         return model
+    # importing these takes seconds, which a run that shards nothing does not spend
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    from gptlib.checkpoints.sharded_tensors import read_tensors
     mesh = shard_mesh(device, world, layout.shard_ranks)
     with torch.device("meta"), KeepOwnRows(mesh) as initial, warnings.catch_warnings():
         # load_state_dict warns that copies to the meta device are lost: KeepOwnRows sees them
@@ -237,7 +239,7 @@ def set_gradient_sync(model, is_last):
     is the last micro-batch of a step, or if a sharded model does so after each."""
     if isinstance(model, DDP):
         model.require_backward_grad_sync = is_last
-    elif isinstance(model, FSDPModule):
+    elif hasattr(model, "set_requires_gradient_sync"):  # fully_shard has given it that method
         model.set_requires_gradient_sync(is_last or model.reduce_each)
 
 

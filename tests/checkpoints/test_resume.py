@@ -111,7 +111,7 @@ def test_a_checkpoint_is_written_while_training_continues(tmp_path, references, 
 
 
 @pytest.mark.parametrize("settings", [
-    LONG, {**LONG, "optimizer": "muon", "dtype": "bfloat16"},
+    LONG, {**LONG, "optimizer": "muon", "dtype": "auto"},
     {**LONG, "shuffle": True, "batch_size": 3}], ids=["adamw", "muon", "shuffled"])
 def test_sigterm_and_resume_equal_an_uninterrupted_run(tmp_path, references, settings):
     """Guards against state that is not saved (moments, random numbers, position), which shows as
