@@ -27,7 +27,7 @@ from byte_model import make_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from gptlib.checkpoints import directory as checkpoint_directory
+from gptlib.checkpoints import sharded_tensors
 from gptlib.training import optim as muon
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
@@ -261,7 +261,7 @@ def separate_disks(world, folder):
     expect(not list(folder.glob(".shared*")), "the probe is still there")
 
     model, cfg, config = model_of(world)
-    writer = checkpoint_directory.DirectoryWriter(
+    writer = sharded_tensors.DirectoryWriter(
         own / "model_00001.pt", state_of(model, [], config, 1), dist.new_group(backend="gloo"))
     expect_error(lambda: writer.finish(lambda: None), "of another process is not in")
     expect(not list_checkpoints(own), "a part has the name of a whole one")
@@ -316,7 +316,7 @@ def die_while_saving(world, folder):
     saver = Saver(folder, 1, world, as_directory=True)
     saver.save(state_of(model, optimizers, config, 1), wait=True)
     if world.rank == 1:
-        checkpoint_directory.checksum = lambda path: os._exit(9)
+        sharded_tensors.checksum = lambda path: os._exit(9)
     saver.save(state_of(model, optimizers, config, 2), wait=True)
 
 
