@@ -120,7 +120,7 @@ def estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, rank
     sharded = layout.shard and share > 1
     weights = 4 * sizes.total // share
     gradients = 4 * sizes.total // share
-    optimizer_state, optimizer_work = optimizer_bytes(sizes, optimizer, share)
+    optimizer_state, optimizer_work = optimizer_bytes(sizes, optimizer, share, bits)
     copies = 0
     if bits == 16:
         copies = 2 * (sizes.hidden + sizes.tied)
@@ -155,7 +155,7 @@ def estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, rank
     return Memory(dict(zip(PARTS, parts, strict=True)), peak)
 
 
-def optimizer_bytes(sizes, name, share):
+def optimizer_bytes(sizes, name, share, bits=16):
     """(bytes of the optimizer's state on a rank, bytes that its step needs besides).
 
     share: the number of ranks that divide the model among them.
@@ -163,10 +163,11 @@ def optimizer_bytes(sizes, name, share):
     if name == "adamw":  # two moments; the step is fused
         return 8 * sizes.total // share, 0
     # one momentum for each hidden matrix; in 16 bits the directions and updates of all, and three
-    # tensors for the batch of one shape, a third of the elements
+    # tensors for the batch of one shape, a third of the elements. These have 32 bits on a CPU
+    # without bfloat16, and the products copy them once more.
     state = (8 * (sizes.total - sizes.hidden) + 4 * sizes.hidden) // share
     if share == 1:
-        return state, 6 * sizes.hidden
+        return state, (6 if bits == 16 else 10) * sizes.hidden
     # a matrix for each rank
     at_once = max(MUON_ELEMENTS_AT_ONCE, sizes.hidden // (4 * sizes.n_layer))
     return state, 10 * min(sizes.hidden // share, at_once)

@@ -138,7 +138,7 @@ print(json.dumps([before, status("VmHWM")]))
 @pytest.mark.parametrize("shape, optimizer, batch_size, micro_steps", [
     # weights, gradients and optimizer; activations; logits
     (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, vocab_size=32768), "adamw", 1, 1),
-    (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, vocab_size=2048), "muon", 1, 2),
+    (dict(n_layer=5, n_embd=768, n_head=12, block_size=64, vocab_size=2048), "muon", 1, 2),
     (dict(n_layer=8, n_embd=256, n_head=4, block_size=256, vocab_size=1024), "adamw", 24, 1),
     (dict(n_layer=2, n_embd=256, n_head=4, block_size=256, vocab_size=50304), "muon", 6, 2),
 ], ids=["state", "state, Muon", "activations", "logits, Muon"])
