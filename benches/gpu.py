@@ -3,13 +3,14 @@
 $ python bench.py gpu --out gpu_report --seconds 390 --data_root edu_fineweb10B
 
 The parts run in the order of PARTS until --seconds are over; --parts chooses some of them. A part
-that fails is named, and the rest goes on. The machine needs torch and this repository, nothing
-else: without --data_root the text is Python's own standard library, for which GPT-2's vocabulary
-has to be there (TIKTOKEN_CACHE_DIR); transformers is a peer in decoding if it is installed. At
-most four files come out: gpu.md with the tables, gpu.json, kernels.txt and train.jsonl. Beside it:
+that fails is named, and the rest goes on. docs/gpu.md says what each measures.
 
-$ python -m pytest -m gpu
-$ python bench.py train --rounds 10 --peer ../build-nanogpt ../nanoGPT
+The machine needs torch, tiktoken and tqdm, and flask, limits, pydantic, prometheus-client and
+waitress for serving; transformers is a peer in decoding if it is there. Without --data_root the
+text is Python's standard library. Its tokens, and HellaSwag's, need GPT-2's
+vocabulary: without network, carry it and name its folder in TIKTOKEN_CACHE_DIR, and give
+--hellaswag_data FILE or --examples 0. Four files come out: gpu.md has the tables, beside it are
+gpu.json, kernels.txt and train.jsonl.
 """
 
 import argparse
