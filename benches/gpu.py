@@ -415,6 +415,7 @@ def bench_gpu(args):
                 files = result.pop("files", {})
                 result["part_seconds"] = left - (end - time.monotonic())
                 results["parts"][name] = result
+                log(f"{name}: {result['part_seconds']:.0f} s")
             except UserError as e:
                 results["failed"][name] = first_line(e)
                 log(f"{name}: FAILED, {e}")

@@ -152,6 +152,7 @@ def measure_alone(contenders):
     for name, contender in contenders.items():
         with separate_processes(step=(measure_training, *contender)) as works:
             results.append(dict(name=name, **works["step"]()))
+        log(f"  {name}: {results[-1]['ms']:.1f} ms a micro-batch")
     for r in results:
         r["ratio"] = r["median"] / results[-1]["median"]
     return results
