@@ -194,11 +194,11 @@ def training(args, recompute):
     tokens = B * config.block_size * micro_steps
     planned = estimate_memory(model_sizes(model), layout, "adamw", tokens, B).peak
     peak = peak_flops(resolve_device(args.device))
+    text = (f"{result['median']:,.0f} tok/s, {result['ms']:.1f} ms a micro-batch, "
+            f"{result['peak_bytes'] / 2**30:.1f} GiB (planned {planned / 2**30:.1f}), first step "
+            f"after {result['first_seconds']:.0f} s")
     if peak:
-        result["mfu"] = result["median"] * model.flops_per_token() / peak
-    text = (f"{result['median']:,.0f} tok/s, {result['ms']:.1f} ms a micro-batch, MFU "
-            f"{result.get('mfu', 0):.1%}, {result['peak_bytes'] / 2**30:.1f} GiB (planned "
-            f"{planned / 2**30:.1f}), first step after {result['first_seconds']:.0f} s")
+        text += f", MFU {result['median'] * model.flops_per_token() / peak:.1%}"
     return dict(rows={f"{micro_steps} x {B} x {config.block_size} tokens": text},
                 planned_bytes=planned, **result)
 
