@@ -5,7 +5,7 @@ A machine's speed drifts within minutes, so contenders take turns in one run: tr
 
 All of them, then each by itself:
 $ python bench.py all
-$ python bench.py train --peer ../build-nanogpt
+$ python bench.py train --peer ../build-nanogpt ../nanoGPT
 $ python bench.py train --preset gpt2-medium --batch_size 32 --profile
 $ python bench.py decode --compile --rounds 9
 $ python bench.py decode --streams 1 --length 512 --peer ../nanoGPT
@@ -19,8 +19,8 @@ $ python bench.py start
 How a step grows with batch, context and model, as a picture; two processes sharing this machine:
 $ python bench.py growth --picture growth.png
 $ python bench.py processes
-The first ten minutes on a GPU, with a table for the README; a part that fails does not end it:
-$ python bench.py gpu --out FOLDER
+The first ten minutes on a GPU; a part that fails or finds no time left is named:
+$ python bench.py gpu --out FOLDER --seconds 600
 The first ten minutes on several GPUs; without GPUs a rehearsal on two processes:
 $ python bench.py several_gpus
 
@@ -41,7 +41,7 @@ import torch
 from benches.checkpoints import bench_checkpoint
 from benches.decoding import bench_decode
 from benches.floors import bench_floors
-from benches.gpu import bench_gpu
+from benches.gpu import PARTS, bench_gpu
 from benches.growth import bench_growth
 from benches.hellaswag import bench_hellaswag
 from benches.learning import SIZES, bench_learning
@@ -83,7 +83,8 @@ def make_parser():
     add("--checkpoint_path", default="log/latest_checkpoint.pt",
         help="samples, decode --quantize: the model whose samples or quality are measured "
              "(default: log/latest_checkpoint.pt)")
-    add("--peer", default="", help="train, decode: a checkout of build-nanogpt or nanoGPT")
+    add("--peer", nargs="+", default=[],
+        help="train, decode: checkouts of build-nanogpt or nanoGPT")
     add("--preset", default="gpt2", choices=tuple(PRESETS),
         help="train, checkpoint, growth: the model (default: gpt2)")
     add("--batch_size", type=int, default=0,
@@ -101,18 +102,20 @@ def make_parser():
         help="decode, serve, gpu: new tokens per sequence (default: 100)")
     add("--hellaswag_data", default="", help="HellaSwag jsonl file (default: download it once)")
     add("--examples", type=int,
-        help="HellaSwag examples per turn (default: 32, of gpu all of them)")
+        help="HellaSwag examples per turn (default: 32), or of the run of gpu (default: all)")
     add("--source", default="memory", choices=("memory", "parquet"),
         help="tokenize: text in memory to arrays (default), or parquet files to shards")
     add("--folder", default=".", help="checkpoint: the folder to write to (default: this one)")
-    add("--out", default="",
-        help="gpu: the folder for gpu.json and gpu.md; learning: the folder of its runs")
+    add("--out", default="", help="gpu, learning: the folder of its figures or runs")
+    add("--seconds", type=float, default=600, help="gpu: how long it may take (default: 600)")
+    add("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="PART",
+        help=f"gpu: of {', '.join(PARTS)} (default: all of them)")
     add("--presets", nargs="+", choices=tuple(PRESETS), metavar="PRESET",
         default=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
-        help="gpu: the models to train; the first is decoded, scored and saved too "
+        help="gpu: the models to train; the first has all parts, the last is decoded too "
              "(default: the four sizes of GPT-2)")
     add("--picture", default="growth.png", help="growth: the picture's file (default: growth.png)")
-    add("--data_root", default="", help="learning: a dataset, as fineweb.py writes it")
+    add("--data_root", default="", help="learning, gpu: a dataset, as fineweb.py writes it")
     add("--size", default="1.8M", choices=tuple(SIZES), help="learning: the model (default: 1.8M)")
     add("--steps", type=int, default=2000,
         help="learning: AdamW's steps of 2,048 tokens (default: 2000)")
@@ -159,8 +162,8 @@ def parse_flags():
 
 def main():
     args = parse_flags()
-    if args.peer:
-        peer_classes(args.peer, ("GPT", "GPTConfig"))  # an unusable peer fails before any work
+    for peer in args.peer:
+        peer_classes(peer, ("GPT", "GPTConfig"))  # an unusable peer fails before any work
     results = run_benches(args)
     print(json.dumps(dict(bench=args.what, torch=torch.__version__,
                           threads=torch.get_num_threads(), results=results)))

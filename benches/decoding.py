@@ -4,23 +4,28 @@ import copy
 
 import torch
 
+from benches.floors import memory_bandwidth
 from benches.peers import peer_classes
 from benches.quantizing import measure_quality, show_quality
 from benches.turns import dtype_name, show_results, take_turns
-from gptlib.common import UserError, log
+from gptlib.common import UserError, first_line, log
 from gptlib.inference.engine import Engine
 from gptlib.inference.quantize import quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype
+from gptlib.training.presets import PRESETS
 from train_gpt2 import GPT, GPTConfig
 
 
 def gpt2_to_decode(args):
-    """(device, dtype, GPT-2 124M with random weights), as the flags say."""
+    """(device, dtype, the preset's model with random weights), as the flags say."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    preset = PRESETS[args.preset]
+    config = GPTConfig(preset["block_size"], 50304, preset["n_layer"], preset["n_head"],
+                       preset["n_embd"])
     torch.manual_seed(0)
-    with torch.no_grad():
-        return device, dtype, GPT(GPTConfig(vocab_size=50304)).to(device, dtype).eval()
+    with torch.no_grad(), device:
+        return device, dtype, GPT(config).to(dtype).eval()
 
 
 def decode_engine(model, prompts, length, compile=False, stop_token=None):
@@ -37,18 +42,20 @@ def decode_engine(model, prompts, length, compile=False, stop_token=None):
     return work
 
 
-def decode_transformers(config, prompt, streams, length, device, dtype):
-    """generate() of transformers' GPT-2 of the same shape, with random weights."""
+def decode_transformers(config, prompt, streams, length, device, dtype, **options):
+    """generate() of transformers' GPT-2 of the same shape, with random weights; options: its own.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
     hf_config = GPT2Config(n_positions=config.block_size, n_layer=config.n_layer,
                            n_head=config.n_head, n_embd=config.n_embd,
                            eos_token_id=None, bos_token_id=None)
-    model = GPT2LMHeadModel(hf_config).to(device, dtype).eval()
+    with device:
+        model = GPT2LMHeadModel(hf_config).to(dtype).eval()
     idx = torch.tensor([prompt] * streams, device=device)
 
     def work():
         out = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=length,
-                             do_sample=True, top_k=50, pad_token_id=0)
+                             do_sample=True, top_k=50, pad_token_id=0, **options)
         assert out.shape == (streams, len(prompt) + length)
         return streams * length
     return work
@@ -67,10 +74,13 @@ def decode_nanogpt(peer, prompt, streams, length, device, dtype):
     return work
 
 
+def weight_bytes(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def read_weights(model, device):
     """The limit for one stream: every weight is read once per token, and nothing else is done."""
-    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights = torch.zeros(n_bytes // 4, device=device)
+    weights = torch.zeros(weight_bytes(model) // 4, device=device)
 
     def work():
         for _ in range(20):
@@ -91,8 +101,6 @@ def bench_decode(args):
         quantized = quantize_int8(copy.deepcopy(model).float(), dtype)
     prompt = torch.randint(50257, (16,)).tolist()
     length = args.length
-    peer = peer_classes(args.peer, ("GPT", "GPTConfig")) if args.peer else None
-    peer_generates = peer is not None and hasattr(peer.GPT, "generate")  # build-nanogpt's does not
     results = {}
     for streams in args.streams:
         prompts = [prompt] * streams
@@ -105,18 +113,48 @@ def bench_decode(args):
             contenders["inference.py --compile"] = compiled
         if quantized is not None:
             contenders |= quantized_contenders(quantized, prompts, length, args.compile)
-        if peer_generates:
-            work = decode_nanogpt(peer, prompt, streams, length, device, dtype)
-            contenders["nanoGPT"] = work
-        else:
-            work = decode_transformers(model.config, prompt, streams, length, device, dtype)
-            contenders["transformers"] = work
+        contenders |= peer_contenders(args, model.config, prompt, streams, device, dtype)
         title = f"{streams} x {length} tokens, {dtype_name(dtype)}, {device.type}"
         results[title] = take_turns(contenders, args.rounds, "tok")
         show_results(title, results[title])
+        show_traffic(results[title], streams, weight_bytes(model), memory_bandwidth(device))
     if quantized is not None:
         results |= bench_quality(args)
     return results
+
+
+def peer_contenders(args, config, prompt, streams, device, dtype):
+    """{name: work} of the peers that can generate, else of transformers."""
+    contenders = {}
+    shape = prompt, streams, args.length, device, dtype
+    for path in args.peer:
+        peer = peer_classes(path, ("GPT", "GPTConfig"))
+        if hasattr(peer.GPT, "generate"):  # build-nanogpt's does not
+            contenders["nanoGPT"] = decode_nanogpt(peer, *shape)
+    if contenders:
+        return contenders
+    if device.type == "cuda":
+        work = decode_transformers(config, *shape, cache_implementation="static")
+        try:
+            work()  # compiles
+            contenders["transformers, static cache"] = work
+        except Exception as e:
+            log(f"  left out: transformers with a static cache, {first_line(e)}")
+    contenders["transformers"] = decode_transformers(config, *shape)
+    return contenders
+
+
+def show_traffic(results, streams, n_bytes, bandwidth):
+    """Add the microseconds of a step and the GB/s at which it reads the weights, and report them.
+
+    The weights in 8 bits have other sizes, so those contenders get none.
+    """
+    for r in results:
+        steps = r["median"] / (1 if r["name"].startswith("weights") else streams)
+        if "int8" not in r["name"]:
+            r["microseconds"], r["GB/s"] = 1e6 / steps, steps * n_bytes / 1e9
+            log(f"  {r['name']:42} {r['microseconds']:13,.0f} us a step, weights at "
+                f"{r['GB/s']:,.1f} GB/s of {bandwidth / 1e9:,.0f}")
 
 
 def quantized_contenders(model, prompts, length, compile):

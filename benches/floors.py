@@ -44,6 +44,11 @@ def datasheet_peak(device):
     return (device_name(device), flops) if flops else None
 
 
+def peak_rate(device, dtype):
+    """The FLOP/s that MFU counts: the datasheet's if it is known, else as measured."""
+    return peak_flops(device) or matrix_peak(device, dtype)
+
+
 def bench_floors(args):
     """The machine's limits: matrix products, memory, the datasheet."""
     device = resolve_device(args.device)

@@ -1,46 +1,53 @@
-"""The first hour on a GPU: everything once, in one command.
+"""The first ten minutes on a GPU: what is worth knowing about it, in one command.
 
-Each part runs in a process of its own, so that one that runs out of memory or breaks the CUDA
-context does not take the next ones with it. A part returns a dict with a "summary" for the table.
+$ python bench.py gpu --out gpu_report --seconds 390 --data_root edu_fineweb10B
+
+The parts run in the order of PARTS until --seconds are over; --parts chooses some of them. A part
+that fails is named, and the rest goes on. docs/gpu.md says what each measures.
+
+The machine needs torch, tiktoken and tqdm, and flask, limits, pydantic, prometheus-client and
+waitress for serving; transformers is a peer in decoding if it is there. Without --data_root the
+text is Python's standard library. Its tokens, and HellaSwag's, need GPT-2's
+vocabulary: without network, carry it and name its folder in TIKTOKEN_CACHE_DIR, and give
+--hellaswag_data FILE or --examples 0. Four files come out: gpu.md has the tables, beside it are
+gpu.json, kernels.txt and train.jsonl.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import signal
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benches.checkpoints import training_state
-from benches.decoding import decode_engine, decode_transformers
-from benches.floors import datasheet_peak, matrix_peak
-from benches.growth import peak_memory
-from benches.serving import offline_tokenizer
-from benches.training import record_profile, training_ours, training_shape
-from benches.turns import ContenderProcess, dtype_name, take_turns
-from gptlib.training import scoring
-from gptlib.checkpoints.formats import load_checkpoint
-from gptlib.checkpoints.saver import copy_to_host, save_checkpoint
+import benches.training
+from benches.checkpoints import bench_checkpoint
+from benches.decoding import bench_decode
+from benches.serving import bench_serve
+from benches.several_gpus import Bench, children_of, end_process
+from benches.training import measure_training, training_ours, training_shape
+from benches.turns import ROOT, ContenderProcess, dtype_name
+from fineweb import PrepareConfig, prepare
 from gptlib.common import UserError, atomic_write, first_line, log
+from gptlib.runtime import device_name, git_commit, resolve_device, resolve_dtype
+from gptlib.training.gpu_facts import peak_flops
 from gptlib.training.memory import estimate_memory, model_sizes
 from gptlib.training.parallel import Layout
-from gptlib.runtime import git_commit, resolve_device, resolve_dtype
-from gptlib.data.tokenizer import load_tokenizer, tokenizer_to_dict
 from train_gpt2 import GPT, TrainConfig, configure_optimizers
 
-GPU_PART_TIMEOUT = 240  # seconds, compiling included
-GPU_MAX_MICRO_STEPS = 8  # a whole step of gpt2-xl has 128, which would take half a minute
+MAX_MICRO_STEPS = 8  # a whole step of gpt2-xl has 128, which would take half a minute
 
 # Kinds of kernels by parts of their names, on CUDA and on the CPU; the first that matches counts.
 KERNEL_KINDS = {
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "matrix products": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "aten::mm", "aten::addmm",
-                        "aten::bmm", "mkldnn_linear"),
+                        "aten::bmm", "mkldnn_linear", "triton_tem"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
     "communication": ("nccl",),
     "fused by the compiler": ("triton", "cpp_fused", "compiledfx"),
@@ -57,227 +64,363 @@ def kernel_kind(name):
     return "other"
 
 
-def time_steps(step, rounds, max_seconds=30):
-    """The median seconds of up to `rounds` steps, as many as begin within max_seconds."""
-    seconds = []
-    begin = time.perf_counter()
-    while not seconds or len(seconds) < rounds and time.perf_counter() - begin < max_seconds:
-        t0 = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - t0)
-    return statistics.median(seconds)
+def milliseconds_by_kind(kernels):
+    """{kind: milliseconds} of {name of a kernel: milliseconds}, longest first."""
+    kinds = {}
+    for name, ms in kernels.items():
+        kinds[kernel_kind(name)] = kinds.get(kernel_kind(name), 0.0) + ms
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
-def gpu_train(args):
-    """Tokens per second, MFU and peak memory of training one preset."""
-    config, B, micro_steps = training_shape(args)
-    args.micro_steps = min(micro_steps, GPU_MAX_MICRO_STEPS)
+# -----------------------------------------------------------------------------
+# the training step, changed in one thing or two
+
+# attention: the only kernel allowed beside torch's plain one. inductor: its options. stream: the
+# dtype of the residual stream, which is float32 under autocast.
+TUNED = dict(max_autotune=True, coordinate_descent_tuning=True)  # without CUDA graphs
+VARIANTS = {
+    "as it is": {},
+    "cuDNN's attention": dict(attention="cudnn"),
+    "flash attention": dict(attention="flash"),
+    "bfloat16 stream": dict(stream=torch.bfloat16),
+    "coordinate descent": dict(inductor=dict(coordinate_descent_tuning=True)),
+    "max-autotune": dict(inductor=TUNED),
+    "bfloat16 stream, max-autotune": dict(stream=torch.bfloat16, inductor=TUNED),
+}
+
+
+def use_variant(attention=None, inductor=None, stream=None):
+    """Change this process: all training steps built from now on are of that variant."""
+    for kind in ("cudnn", "flash", "mem_efficient") if attention else ():
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(kind == attention)
+    if inductor:
+        from torch._inductor import config
+        for name, value in inductor.items():
+            setattr(config, name, value)
+    if stream:
+        def round_stream(module, args, x):
+            # layer norms compute in float32 still, and each sum is rounded
+            return x.to(stream) if torch.is_autocast_enabled(x.device.type) else x
+
+        class Model(GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.transformer.drop.register_forward_hook(round_stream)
+        benches.training.GPT = Model
+
+
+def measure_variant(args, name):
+    use_variant(**VARIANTS[name])
+    return measure_training(training_ours, args, args.compile, kernels=True)
+
+
+def variants(args, seconds):
+    """A step of each variant: all compile at the same time, then each is timed twice, alone.
+
+    Micro-batches of 16 rows, so that all fit beside each other into 80 GB. What tunes itself does
+    so on a busy GPU: time a winner again, alone.
+    """
+    if args.compile:
+        args = changed(args, batch_size=args.batch_size or 16, micro_steps=4, rounds=10)
+    end = time.monotonic() + seconds / 2
+    processes = {name: ContenderProcess(measure_variant, (args, name)) for name in VARIANTS}
+    turns, rows = {name: [] for name in VARIANTS}, {}
+
+    def attempt(name, function, *args):
+        if name not in rows:
+            try:
+                return function(*args)
+            except UserError as e:
+                rows[name] = f"**failed**: {first_line(e)}"
+                processes[name].process.kill()
+
+    for name, process in processes.items():
+        attempt(name, process.receive, max(0.1, end - time.monotonic()))
+    for name in [*VARIANTS, *VARIANTS]:
+        turns[name].append(attempt(name, processes[name]))
+    for process in processes.values():
+        process.close()
+    if "as it is" in rows:
+        raise UserError(rows["as it is"])  # the others are compared with it
+    base = turns["as it is"][0]
+    for name, (turn, again) in turns.items():
+        if name not in rows:
+            kinds = milliseconds_by_kind(turn["kernels"])
+            shares = ", ".join(f"{kind} {ms:.1f}" for kind, ms in kinds.items())
+            rows[name] = (f"{turn['ms']:.2f} ms a micro-batch (again: {again['ms']:.2f}), x "
+                          f"{turn['median'] / base['median']:.3f}, first step after "
+                          f"{turn['first_seconds']:.0f} s; ms of kernels a step: {shares}")
+    attention = [kernel for kernel in base["kernels"] if kernel_kind(kernel) == "attention"]
+    rows["attention as it is"] = ", ".join(attention) or "no kernel of such a name"
+    lines = [f"{ms:10.3f} ms  {kernel}" for kernel, ms in base["kernels"].items()]
+    return dict(rows=rows, turns=turns, files={"kernels.txt": "\n".join(lines)})
+
+
+# -----------------------------------------------------------------------------
+# parts in a process of their own: a dict with "rows", {what: the figures in words}
+
+
+def optimizers(args):
+    """The step of each optimizer alone, on random gradients."""
     device = resolve_device(args.device)
-    step_tokens = B * config.block_size * args.micro_steps
-    step = training_ours(args, compile=device.type == "cuda")
-    step()  # compiles
-    step()
-    seconds = time_steps(step, args.rounds)
-    memory = peak_memory(device)
-    datasheet = datasheet_peak(device)
-    peak = datasheet[1] if datasheet else matrix_peak(device, resolve_dtype(args.dtype, device))
+    config, _, _ = training_shape(args)
+    seconds = {}
+    for name in ("adamw", "muon"):
+        torch.manual_seed(0)
+        with device:
+            model = GPT(config)
+        steps = configure_optimizers(model, TrainConfig(optimizer=name), device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        turns = []
+        for _ in range(3 + args.rounds):
+            t0 = time.perf_counter()
+            for optimizer in steps:
+                optimizer.step()
+            model.lm_head.weight[0, 0].item()  # waits for the device
+            turns.append(time.perf_counter() - t0)
+        seconds[name] = statistics.median(turns[3:])
+    rows = {name: f"{1000 * value:.2f} ms" for name, value in seconds.items()}
+    return dict(rows=rows, seconds=seconds)
+
+
+def training(args, recompute):
+    """A step of a preset at its own micro-batch, and its peak beside the plan's."""
+    config, B, micro_steps = training_shape(args)
+    result = measure_training(training_ours, args, args.compile, recompute)()
     with torch.device("meta"):
         model = GPT(config)
-    flops = model.flops_per_token()
-    rate = step_tokens / seconds
-    mfu = rate * flops / peak
-    layout = Layout(compile=device.type == "cuda")
-    estimate = estimate_memory(model_sizes(model), layout, "adamw", step_tokens, B).peak
-    summary = (f"{rate:,.0f} tok/s, MFU {mfu:.1%}, {memory / 2**30:.1f} GiB at most "
-               f"(estimate {estimate / 2**30:.1f}), {args.micro_steps} x {B} x {config.block_size} "
-               "tokens a step")
-    return lambda: dict(summary=summary, tokens_per_second=rate, mfu=mfu, peak_flops=peak,
-                        peak_of_datasheet=bool(datasheet), step_seconds=seconds,
-                        step_tokens=step_tokens, peak_bytes=memory, estimated_bytes=estimate)
+    layout = Layout(compile=args.compile, recompute_every=int(recompute))
+    tokens = B * config.block_size * micro_steps
+    planned = estimate_memory(model_sizes(model), layout, "adamw", tokens, B).peak
+    peak = peak_flops(resolve_device(args.device))
+    text = (f"{result['median']:,.0f} tok/s, {result['ms']:.1f} ms a micro-batch, "
+            f"{result['peak_bytes'] / 2**30:.1f} GiB (planned {planned / 2**30:.1f}), first step "
+            f"after {result['first_seconds']:.0f} s")
+    if peak:
+        text += f", MFU {result['median'] * model.flops_per_token() / peak:.1%}"
+    return dict(rows={f"{micro_steps} x {B} x {config.block_size} tokens": text},
+                planned_bytes=planned, **result)
 
 
-def milliseconds_by_kind(recorded, cuda):
-    """{kind of kernel: milliseconds} of a torch profile, longest first."""
-    milliseconds = {}
-    for event in recorded.key_averages():
-        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_kernel != cuda or event.is_user_annotation:
-            continue  # on CUDA, the time of an operator is that of its kernels: count it once
-        time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        kind = kernel_kind(event.key)
-        milliseconds[kind] = milliseconds.get(kind, 0.0) + time_us / 1000
-    return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
+def rates(bench, args, *options):
+    """A bench of bench.py, with a row for each line of its table."""
+    results = bench(args, *options)
+    rows = {}
+    for title, turns in results.items():
+        for r in turns if isinstance(turns, list) else ():
+            text = f"{r['median']:,.2f} {r['unit']}, x {r['ratio']:.2f}"
+            if "GB/s" in r:
+                text += f", {r['microseconds']:,.0f} us a step, {r['GB/s']:,.1f} GB/s of weights"
+            rows[f"{title}: {r['name']}"] = text
+    return dict(rows=rows, results=results)
 
 
-def gpu_profile(args):
-    """How the time of one training step of one micro-batch divides among kinds of kernels."""
-    args.micro_steps = 1
-    device = resolve_device(args.device)
-    recorded = record_profile(training_ours(args, compile=device.type == "cuda"))
-    milliseconds = milliseconds_by_kind(recorded, device.type == "cuda")
-    total = sum(milliseconds.values())
-    shares = [f"{kind} {ms / total:.0%}" for kind, ms in milliseconds.items()]
-    summary = f"{total:,.1f} ms: {', '.join(shares)}"
-    return lambda: dict(summary=summary, milliseconds=milliseconds)
+def answer_once(function, *args):
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that it can be killed with the processes that it starts
+    result = function(*args)
+    return lambda: result
 
 
-def gpu_decode(args, streams):
-    """Tokens per second of the engine, on CUDA compiled too, beside transformers if installed."""
-    config, _, _ = training_shape(args)
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        model = GPT(config).to(device, dtype).eval()
-    prompt = torch.randint(50257, (16,)).tolist()
-    contenders = {"inference.py": decode_engine(model, [prompt] * streams, args.length)}
-    if device.type == "cuda":
-        compiled = decode_engine(model, [prompt] * streams, args.length, compile=True)
-        contenders["inference.py --compile"] = compiled
-    with contextlib.suppress(ImportError):
-        peer = decode_transformers(config, prompt, streams, args.length, device, dtype)
-        contenders["transformers"] = peer
-    results = take_turns(contenders, args.rounds, "tok")
-    summary = ", ".join(f"{r['name']} {r['median']:,.0f} tok/s" for r in results)
-    return lambda: dict(summary=summary, contenders=results)
+def run_alone(seconds, function, *args):
+    """The result of a function, computed in a process of its own.
 
-
-def gpu_hellaswag(args):
-    """Seconds to encode and to score all of HellaSwag, or the first --examples, once."""
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    config, _, _ = training_shape(args)
-    examples = scoring.load_examples(args.hellaswag_data)[:args.examples]
-    tokenizer = load_tokenizer("gpt2")
-    t0 = time.perf_counter()
-    encoded = scoring.encode_examples(examples, tokenizer, config.block_size)
-    encoding_seconds = time.perf_counter() - t0
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    t0 = time.perf_counter()
-    scores = scoring.evaluate(model, encoded, tokenizer, autocast)
-    seconds = time.perf_counter() - t0
-    summary = (f"{len(examples):,} examples in {seconds:.1f} s, {len(examples) / seconds:,.0f} "
-               f"a second, after {encoding_seconds:.1f} s of encoding")
-    return lambda: dict(summary=summary, seconds=seconds, encoding_seconds=encoding_seconds,
-                        **scores)
-
-
-def same_state(a, b):
-    """Whether two nests of dicts, lists and tensors are equal bit for bit, on any devices."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a.cpu(), b.cpu())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
-
-
-def gpu_save_and_resume(args):
-    """Seconds to save and to load a training state, which has to come back bit for bit."""
-    config, _, _ = training_shape(args)
-    device = resolve_device(args.device)
-    state = training_state(config, device)
-    state |= dict(config=asdict(config), tokenizer=tokenizer_to_dict(offline_tokenizer()))
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # the state is complete before the clock starts
-    t0 = time.perf_counter()
-    on_host = copy_to_host(state)
-    t1 = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        save_checkpoint(folder, on_host, 1)
-        t2 = time.perf_counter()
-        path = Path(folder) / "model_00001.pt"
-        size = path.stat().st_size
-        checkpoint = load_checkpoint(path)
-        model = GPT.from_checkpoint(checkpoint).to(device)
-        optimizer, = configure_optimizers(model, TrainConfig(), device)
-        optimizer.load_state_dict(checkpoint["optimizer"][0])
-        t3 = time.perf_counter()
-    if not same_state(state["model"], model.state_dict()):
-        raise UserError("the resumed weights differ from those that were saved")
-    if not same_state(state["optimizer"], [optimizer.state_dict()]):
-        raise UserError("the resumed optimizer state differs from the one that was saved")
-    summary = (f"{size / 2**20:,.0f} MiB: training waits {t1 - t0:.2f} s, "
-               f"saved in {t2 - t1:.2f} s, resumed in {t3 - t2:.2f} s, equal bit for bit")
-    return lambda: dict(summary=summary, copy_seconds=t1 - t0, save_seconds=t2 - t1,
-                        resume_seconds=t3 - t2, bytes=size)
-
-
-def gpu_parts(args):
-    """{name: (function, *its arguments)} of the parts, in their order."""
-    first = argparse.Namespace(**{**vars(args), "preset": args.presets[0]})
-    parts = {}
-    for preset in args.presets:
-        args_of_preset = argparse.Namespace(**{**vars(args), "preset": preset})
-        parts[f"training {preset}"] = (gpu_train, args_of_preset)
-    parts[f"profile of {first.preset}"] = (gpu_profile, first)
-    for streams in args.streams:
-        parts[f"decoding, {streams} at once"] = (gpu_decode, first, streams)
-    parts["HellaSwag"] = (gpu_hellaswag, first)
-    parts["save and resume"] = (gpu_save_and_resume, first)
-    return parts
-
-
-def run_part(build, *args):
-    """Run a part in a process of its own. Returns its result; raises UserError if it fails."""
-    process = ContenderProcess(build, args)
+    So one that runs out of memory or breaks the CUDA context does not take others with it. Raises
+    UserError if it fails or takes longer.
+    """
+    process = ContenderProcess(answer_once, (function, *args))
     try:
-        process.receive(timeout=GPU_PART_TIMEOUT)
+        process.receive(timeout=seconds)
         return process()
+    except UserError:
+        with contextlib.suppress(OSError):
+            os.killpg(process.process.pid, signal.SIGKILL)
+        raise
     finally:
         process.close()
+
+
+# -----------------------------------------------------------------------------
+# train_gpt2.py itself
+
+RUN_STEPS, EVALUATED_STEP, KILLED_STEP = 25, 12, 15
+
+
+def look_at(folder, came):
+    """The records of a run that is under way; came: {(kind, step): when it was first seen}."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    for record in records:
+        came.setdefault((record["kind"], record.get("step")), time.monotonic())
+    if (folder / f"model_{EVALUATED_STEP:05d}.pt").exists():
+        came.setdefault(("saved", EVALUATED_STEP), time.monotonic())
+    return records
+
+
+def run_flags(args, data_root):
+    """The flags of train_gpt2.py for a short run of the preset's model."""
+    config, B, micro_steps = training_shape(args)
+    tokens = B * config.block_size * micro_steps
+    settings = dict(
+        data_root=Path(data_root).resolve(), log_dir="run", device=args.device, dtype=args.dtype,
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, batch_size=B,
+        block_size=config.block_size, total_batch_size=tokens, max_steps=RUN_STEPS,
+        eval_interval=EVALUATED_STEP, val_tokens=4 * tokens, checkpoint_interval=EVALUATED_STEP,
+        compile=args.compile, auto_resume=True)
+    if args.hellaswag_data:
+        settings["hellaswag_data"] = Path(args.hellaswag_data).resolve()
+    if args.examples is not None:
+        settings["hellaswag_examples"] = args.examples
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def training_run(args, seconds):
+    """train_gpt2.py under torchrun on real text beside the bare step, killed once on the way."""
+    end = time.monotonic() + seconds
+    bare = run_alone(seconds, training, args, False)
+    with tempfile.TemporaryDirectory() as folder:
+        device = resolve_device(args.device).type
+        bench = Bench(Path(folder), device, 1, "", end - time.monotonic())
+        if not args.data_root:
+            prepare(PrepareConfig(f"{folder}/data", source="stdlib"))
+        flags = run_flags(args, args.data_root or f"{folder}/data")
+        log_dir, came = bench.folder / "run", {("started", 0): time.monotonic()}
+
+        def is_resumed():
+            kinds = [record["kind"] for record in look_at(log_dir, came)]
+            return "resume" in kinds and kinds[-1] == "train"
+
+        run = bench.torchrun(1, "--max-restarts=1", ROOT / "train_gpt2.py", *flags)
+        try:
+            needed = {("train", KILLED_STEP), ("saved", EVALUATED_STEP)}
+            bench.wait_until(lambda: look_at(log_dir, came) and needed <= came.keys(), run,
+                             f"step {KILLED_STEP} and a checkpoint")
+            os.kill(children_of(run.pid)[-1], signal.SIGKILL)
+            killed = time.monotonic()
+            bench.wait_until(is_resumed, run, "it went on after kill -9")
+            lost = time.monotonic() - killed
+            bench.wait(run)
+        finally:
+            end_process(run)
+        records = look_at(log_dir, came)
+        text = (log_dir / "log.jsonl").read_text()
+    # without the steps that compile
+    rate = statistics.median(record["tokens_per_second"] for record in records
+                             if record["kind"] == "train" and record["step"] % EVALUATED_STEP > 1)
+    order = [("train", EVALUATED_STEP - 1)]
+    order += [(kind, EVALUATED_STEP) for kind in ("val", "hella", "samples", "saved")]
+    order = [mark for mark in order if mark in came]
+    times = [f"{after[0]} {came[after] - came[before]:.2f} s"
+             for before, after in itertools.pairwise(order)]
+    first = came["train", 0] - came["started", 0]
+    rows = {**bare["rows"], f"train_gpt2.py, {RUN_STEPS} steps": (
+        f"{rate:,.0f} tok/s, {rate / bare['median']:.3f} of the bare step's; first step after "
+        f"{first:.0f} s; at step {EVALUATED_STEP}: {', '.join(times)}; kill -9: {lost:.1f} s to "
+        "the next step")}
+    return dict(rows=rows, tokens_per_second=rate, bare=bare, seconds_lost=lost,
+                files={"train.jsonl": text})
+
+
+# -----------------------------------------------------------------------------
+# all parts, within the time
+
+# How many seconds have to be left for a part to begin: what it takes on an H100, as estimated.
+PARTS = dict(variants=130, optimizers=20, run=130, training=60, decoding=60, serving=40,
+             checkpoint=20)
+
+
+def changed(args, **settings):
+    return argparse.Namespace(**{**vars(args), **settings})
+
+
+def jobs(args):
+    """(part, name, function of the seconds left) of everything there is to measure, in order."""
+    compiled = resolve_device(args.device).type == "cuda"
+    args = changed(args, peer=[], quantize="none", compile=compiled)
+    models = []
+    for preset in args.presets:
+        model = changed(args, preset=preset)
+        micro_steps = training_shape(model)[2]
+        models.append(changed(model, micro_steps=min(micro_steps, MAX_MICRO_STEPS)))
+    first, largest = models[0], models[-1]
+    twice = changed(first, batch_size=2 * training_shape(first)[1])
+
+    def alone(what, function, *options):
+        part = what.replace(",", "").split()[0]
+        return part, what, lambda seconds: run_alone(seconds, function, *options)
+
+    yield "variants", "variants", lambda seconds: variants(first, seconds)
+    yield alone("optimizers", optimizers, first)
+    yield "run", "run", lambda seconds: training_run(first, seconds)
+    yield alone("training, micro-batch doubled", training, twice, False)
+    for model in models[1:]:
+        yield alone(f"training {model.preset}", training, model, False)
+    yield alone(f"training {largest.preset}, recomputed", training, largest, True)
+    yield alone(f"decoding {first.preset}", rates, bench_decode, first)
+    if largest is not first:
+        yield alone(f"decoding {largest.preset}", rates, bench_decode, largest)
+    yield alone("serving", rates, bench_serve, changed(first, compile=False), False)
+    yield alone("checkpoint", rates, bench_checkpoint, changed(first, rounds=2))
 
 
 def describe_machine(args):
     device = resolve_device(args.device)
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{os.cpu_count()} CPU cores"
+    name = device_name(device) if cuda else f"{os.cpu_count()} CPU cores"
     return dict(device=name, dtype=dtype_name(resolve_dtype(args.dtype, device)),
-                torch=torch.__version__, cuda=torch.version.cuda, commit=git_commit(),
+                torch=torch.__version__, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version() if cuda else None, commit=git_commit(),
                 date=time.strftime("%Y-%m-%d"))
 
 
 def gpu_table(results):
-    """The results as a Markdown table."""
+    """The results as Markdown tables."""
     machine = results["machine"]
-    lines = [f"{machine['device']}, {machine['dtype']}, torch {machine['torch']}, "
-             f"{machine['date']}, `python bench.py gpu`:",
-             "", "| part | result |", "|---|---|"]
+    facts = [f"{name} {value}" for name, value in machine.items() if value and name != "device"]
+    lines = [f"{machine['device']}, {', '.join(facts)}, `python bench.py gpu`:", "",
+             "| part | what | result |", "|---|---|---|"]
     for name, part in results["parts"].items():
-        lines.append(f"| {name} | {part['summary']} |")
+        lines += [f"| {name} | {what} | {text} |" for what, text in part["rows"].items()]
     for name, reason in results["failed"].items():
-        lines.append(f"| {name} | **failed**: {reason.replace('|', '/')} |")
+        lines.append(f"| {name} | | **failed**: {reason.replace('|', '/')} |")
+    lines += [f"| {name} | | left out: {why} |" for name, why in results["left_out"].items()]
     return "\n".join(lines) + "\n"
 
 
 def bench_gpu(args):
-    """Training, a profile, decoding, HellaSwag, saving: the figures to expect of this machine.
+    """The figures to expect of this machine, the most important first, in --seconds.
 
-    Writes gpu.json and gpu.md into --out after each part. A part that fails is named there with
-    its reason, and the rest goes on.
+    Writes gpu.json and gpu.md into --out after each part. A part that fails or for which no time
+    is left is named there with the reason.
     """
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {folder}: cannot make this folder ({e.strerror})") from e
-    results = dict(machine=describe_machine(args), parts={}, failed={})
-    for name, part in gpu_parts(args).items():
-        t0 = time.perf_counter()
-        try:
-            result = run_part(*part)
-            result["part_seconds"] = time.perf_counter() - t0
-            results["parts"][name] = result
-            log(f"{name}: {result['summary']}")
-        except UserError as e:
-            results["failed"][name] = first_line(e)
-            log(f"{name}: FAILED, {e}")
-        text = json.dumps(results, indent=2).encode()
-        table = gpu_table(results).encode()
-        atomic_write(folder / "gpu.json", lambda f, text=text: f.write(text))
-        atomic_write(folder / "gpu.md", lambda f, table=table: f.write(table))
-    log(f"the figures are in {folder / 'gpu.json'}, the table in {folder / 'gpu.md'}")
+    end = time.monotonic() + args.seconds
+    results = dict(machine=describe_machine(args), parts={}, failed={}, left_out={})
+    for part, name, job in jobs(args):
+        left = end - time.monotonic()
+        if part not in args.parts:
+            continue
+        files = {}
+        if left < PARTS[part]:
+            results["left_out"][name] = f"{left:.0f} s left, it takes about {PARTS[part]}"
+        else:
+            try:
+                result = job(left)
+                files = result.pop("files", {})
+                result["part_seconds"] = left - (end - time.monotonic())
+                results["parts"][name] = result
+                log(f"{name}: {result['part_seconds']:.0f} s")
+            except UserError as e:
+                results["failed"][name] = first_line(e)
+                log(f"{name}: FAILED, {e}")
+        files |= {"gpu.json": json.dumps(results, indent=2), "gpu.md": gpu_table(results)}
+        for file, text in files.items():
+            atomic_write(folder / file, lambda f, text=text: f.write(text.encode()))
+    log("\n" + gpu_table(results) + f"\nthe figures are in {folder}")
     return results

@@ -1,30 +1,13 @@
 """How a training step grows with batch, context and model."""
 
-import sys
 import time
 from pathlib import Path
 
-import torch
-
-from benches.training import training_ours
+from benches.training import peak_memory, training_ours
 from benches.turns import separate_processes
 from gptlib.common import UserError, atomic_write, log
 from gptlib.runtime import resolve_device
 from gptlib.training.presets import PRESETS
-
-
-def peak_memory(device):
-    """The most bytes this process has had allocated on a GPU or, without one, in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        # Only outside of Linux: there ru_maxrss begins with what the parent process had.
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def growth_point(args, n_layer, B, T):

@@ -199,11 +199,12 @@ def write_checkpoint(model, folder):
     return checkpoint
 
 
-def bench_serve(args):
+def bench_serve(args, newcomers=True):
     """Tokens per second that all clients together get from serve.py, whole and streamed.
 
-    As many clients as `streams` ask at once, beside the engine alone with the same prompts; then
-    how long a newcomer with a long prompt waits, and others for it, for each of PREFILL_CHUNKS.
+    As many clients as `streams` ask at once, beside the engine alone with the same prompts; then,
+    with newcomers, how long one with a long prompt waits, and others for it, for each of
+    PREFILL_CHUNKS.
     """
     device, dtype, model = gpt2_to_decode(args)
     # a different prompt for each client, so that no cache can serve one with another's
@@ -233,6 +234,6 @@ def bench_serve(args):
             rates = [results[title][0]["median"] for title in results if " x " in title]
             log(f"\n{args.streams[-1]} clients get {rates[-1] / rates[0]:.2f} times "
                 f"what {args.streams[0]} gets")
-        if max(args.streams) > 1:
+        if newcomers and max(args.streams) > 1:
             results["newcomer"] = bench_prefill_chunks(settings, max(args.streams), args.rounds)
     return results

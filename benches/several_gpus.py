@@ -65,9 +65,9 @@ def write_data(folder, n_vocab):
 class Bench:
     """A folder, a number of GPUs, and the time that is left."""
 
-    def __init__(self, folder, device, n_gpus, size):
+    def __init__(self, folder, device, n_gpus, size, seconds=TOTAL_SECONDS):
         self.folder, self.device, self.n_gpus, self.size = folder, device, n_gpus, size
-        self.end = time.monotonic() + TOTAL_SECONDS
+        self.seconds, self.end = seconds, time.monotonic() + seconds
 
     def seconds_left(self):
         return max(1.0, self.end - time.monotonic())
@@ -90,7 +90,7 @@ class Bench:
         try:
             process.wait(self.seconds_left())
         except subprocess.TimeoutExpired:
-            raise UserError(f"the {TOTAL_SECONDS} s are over") from None
+            raise UserError(f"the {self.seconds:.0f} s are over") from None
         finally:
             end_process(process)
         if process.returncode:
@@ -101,7 +101,7 @@ class Bench:
             if process.poll() is not None:
                 raise UserError(f"the run ended before {what}\n{self.output()}")
             if time.monotonic() > self.end:
-                raise UserError(f"the {TOTAL_SECONDS} s were over before {what}")
+                raise UserError(f"the {self.seconds:.0f} s were over before {what}")
             time.sleep(0.02)
 
     def output(self):

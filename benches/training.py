@@ -1,5 +1,7 @@
-"""A training step beside build-nanogpt's, and its profile."""
+"""A training step beside build-nanogpt's and nanoGPT's, and its profile."""
 
+import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -7,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.floors import matrix_peak
+from benches.floors import peak_rate
 from benches.peers import peer_classes
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
 from gptlib.common import log
 from gptlib.data.loader import TokenLoader
 from gptlib.runtime import compile_model, set_malloc, resolve_device, resolve_dtype
+from gptlib.training.parallel import recompute_blocks
 from gptlib.training.presets import PRESETS
 from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
 
@@ -35,7 +38,7 @@ def training_shape(args):
     return config, B, micro_steps
 
 
-def training_ours(args, compile):
+def training_ours(args, compile, recompute=False):
     """A step of train_gpt2.py: its model, Trainer and optimizers, on random tokens."""
     config, B, micro_steps = training_shape(args)
     device = resolve_device(args.device)
@@ -47,8 +50,10 @@ def training_ours(args, compile):
     set_malloc(device, keep=True)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    raw_model = GPT(config).to(device)
-    model = compile_model(raw_model, device) if compile else raw_model
+    with device:  # where the weights of gpt2-xl are drawn in a moment
+        raw_model = GPT(config)
+    recompute_blocks(raw_model, int(recompute))
+    model = compile_model(raw_model, device, dynamic=False) if compile else raw_model
     optimizers = configure_optimizers(raw_model, cfg, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -94,27 +99,100 @@ def training_plain(args, peer, compile):
     return work
 
 
-def bench_train(args):
-    """Tokens per second of whole optimizer steps, and MFU.
+def peak_memory(device):
+    """The most bytes this process has had allocated on a GPU or, without one, in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        # Only outside of Linux: there ru_maxrss begins with what the parent process had.
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    MFU counts 6N + attention FLOPs per token (GPT.flops_per_token) over the measured matrix peak.
+
+def measure_training(build, args, *options, kernels=False):
+    """Build a step in this process and warm it up.
+
+    Returns the function that times --rounds steps. Its result has rates as those of take_turns,
+    seconds and peak bytes; with kernels also the milliseconds of each kernel of one more step.
     """
-    config, B, micro_steps = training_shape(args)
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
+    micro_steps = training_shape(args)[2]
+    t0 = time.perf_counter()
+    step = build(args, *options)
+    step()
+    first_seconds = time.perf_counter() - t0
+    step()
+
+    def measure():
+        seconds = []
+        for _ in range(args.rounds):
+            t0 = time.perf_counter()
+            tokens = step()
+            seconds.append(time.perf_counter() - t0)
+        median = statistics.median(seconds)
+        result = dict(unit="tok/s", median=tokens / median, low=tokens / max(seconds),
+                      high=tokens / min(seconds), ms=1000 * median / micro_steps,
+                      first_seconds=first_seconds, peak_bytes=peak_memory(device))
+        if kernels:
+            result["kernels"] = kernel_times(record_profile(step), device.type == "cuda")
+        return result
+    return measure
+
+
+def measure_alone(contenders):
+    """Measure each contender in a process that ends before the next one begins.
+
+    A GPU's speed is steady, and its memory does not hold all of them at once.
+    """
+    results = []
+    for name, contender in contenders.items():
+        with separate_processes(step=(measure_training, *contender)) as works:
+            results.append(dict(name=name, **works["step"]()))
+        log(f"  {name}: {results[-1]['ms']:.1f} ms a micro-batch")
+    for r in results:
+        r["ratio"] = r["median"] / results[-1]["median"]
+    return results
+
+
+def training_contenders(args, cuda):
+    """{name: (build, args, *options)}; on a GPU the peers' models are compiled as well."""
     contenders = {"train_gpt2.py": (training_ours, args, True)}
     if args.eager:
         contenders["train_gpt2.py --no-compile"] = (training_ours, args, False)
     contenders["same model, plain torch.compile"] = (training_plain, args, "", True)
-    if args.peer:
-        peer_name = Path(args.peer).resolve().name
-        contenders[f"{peer_name}, eager"] = (training_plain, args, args.peer, False)
+    for peer in args.peer:
+        name = Path(peer).resolve().name
+        if cuda:
+            contenders[f"{name}, torch.compile"] = (training_plain, args, peer, True)
+        contenders[f"{name}, eager"] = (training_plain, args, peer, False)
+    return contenders
+
+
+def bench_train(args):
+    """Tokens per second of whole optimizer steps, and MFU.
+
+    MFU counts 6N + attention FLOPs per token (GPT.flops_per_token) over the peak: the datasheet's
+    if it is known, else the measured one.
+    """
+    config, B, micro_steps = training_shape(args)
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    contenders = training_contenders(args, device.type == "cuda")
     title = (f"training {args.preset}, {micro_steps} x {B} x {config.block_size} tokens a step, "
              f"{dtype_name(dtype)}, {device.type}")
-    with separate_processes(**contenders) as works:
-        results = take_turns(works, args.rounds, "tok")
+    if device.type == "cuda":
+        results = measure_alone(contenders)
+    else:
+        with separate_processes(**contenders) as works:
+            results = take_turns(works, args.rounds, "tok")
     show_results(title, results)
-    add_mfu(results, config, matrix_peak(device, dtype))
+    add_mfu(results, config, peak_rate(device, dtype))
+    if device.type == "cuda":
+        log("\n" + training_table(results))
     if args.profile:
         profile(training_ours(args, True))
     step_tokens = B * micro_steps * config.block_size
@@ -124,6 +202,15 @@ def bench_train(args):
     return {title: results, "loader": loader}
 
 
+def training_table(results):
+    """The results of measure_alone, with their MFU, as the README's table."""
+    lines = ["| program | ms a micro-batch | tok/s | MFU | GiB at most |", "|---|---|---|---|---|"]
+    for r in results:
+        lines.append(f"| {r['name']} | {r['ms']:.1f} | {r['median']:,.0f} | {r['mfu']:.1%} | "
+                     f"{r['peak_bytes'] / 2**30:.1f} |")
+    return "\n".join(lines)
+
+
 def add_mfu(results, config, peak):
     """Add to each result its share of the peak FLOP/s, and report them."""
     with torch.device("meta"):
@@ -131,7 +218,7 @@ def add_mfu(results, config, peak):
     for r in results:
         r["mfu"] = r["median"] * flops / peak
     shares = ", ".join(f"{r['name']} {r['mfu']:.0%}" for r in results)
-    log(f"  at {flops / 1e9:.2f} GFLOP a token the measured peak, {peak / 1e12:.2f} TFLOP/s, "
+    log(f"  at {flops / 1e9:.2f} GFLOP a token the peak, {peak / 1e12:.2f} TFLOP/s, "
            f"is {peak / flops:,.0f} tok/s: {shares}")
 
 
@@ -166,6 +253,19 @@ def record_profile(work):
     with torch.profiler.profile(activities=activities) as recorded:
         work()
     return recorded
+
+
+def kernel_times(recorded, cuda):
+    """{name: milliseconds} of the kernels of a torch profile, longest first; on a CPU of operators.
+    """
+    milliseconds = {}
+    for event in recorded.key_averages():
+        is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_kernel != cuda or event.is_user_annotation:
+            continue  # on CUDA, the time of an operator is that of its kernels: count it once
+        time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        milliseconds[event.key] = time_us / 1000
+    return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
 
 
 def profile(work):

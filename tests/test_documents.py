@@ -204,8 +204,8 @@ def test_commands_show_every_script():
     assert shown == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cloud.md", "docs/data.md", "docs/hosts.md",
-                                  "docs/serving.md", "docs/speed.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cloud.md", "docs/data.md", "docs/gpu.md",
+                                  "docs/hosts.md", "docs/serving.md", "docs/speed.md"])
 def test_commands_are_found_in(name):
     """Guards against commands in a form that is not recognised, so that they go unchecked."""
     assert [command for command in COMMANDS if command.startswith(f"{name}: ")] != []

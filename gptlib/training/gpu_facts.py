@@ -118,7 +118,7 @@ MEASURED_MFU = [
                  (30e9, 43.07, 16, True), (64.9e9, 42.57, 64, True)),
     # 485,960 tokens a second at 855 MFLOP
     MeasuredMFU("H100", 124e6, 0.42, False, "1 x H100, measured with this repository on "
-                "2026-11-27 (docs/speed.md)"),
+                "2026-11-27 (docs/gpu.md)"),
     # it prints 29 % of an A100's 312 TFLOP/s
     MeasuredMFU("RTX 4090", 124e6, 0.55, False, "nanoGPT on 1 x RTX 4090, 29 % of A100's peak "
                 "(github.com/karpathy/nanoGPT/issues/182)"),

@@ -176,7 +176,7 @@ def test_hosts_are_joined_by_the_slower_link(ranks, bandwidth):
 
 
 @pytest.mark.parametrize("gpu, preset, tokens_per_second", [
-    # tokens a second and GPU that llm-foundry's tables print, and ours as measured (docs/speed.md)
+    # tokens a second and GPU that llm-foundry's tables print, and ours as measured (docs/gpu.md)
     ("A100", "gpt3-small", 142830), ("A100", "gpt3-xl", 20513), ("A100", "gpt3-6.7b", 4641),
     ("H100", "gpt3-xl", 45455), ("H100", "gpt3-13b", 4792), ("H100", "gpt2", 485_960),
 ])
