@@ -69,7 +69,7 @@ class Load:
     """Clients that ask one after the other, half of them for streams, each from its own address."""
 
     def __init__(self, port):
-        self.port, self.phase, self.stopped = port, "quiet", threading.Event()
+        self.port, self.phase, self.stopped = port, "two servers", threading.Event()
         self.outcomes, self.tokens = collections.Counter(), collections.Counter()
         self.threads = [threading.Thread(target=self.client, args=(n,)) for n in range(CLIENTS)]
         for thread in self.threads:
@@ -127,7 +127,7 @@ def test_nothing_is_lost_that_had_not_begun(home, nginx, progress):
     try:
         start(0)
         start(1)
-        load, begin = Load(port), time.monotonic()
+        load = Load(port)
         time.sleep(SECONDS)
         load.phase = "kill -9"
         servers[0].process.kill()
@@ -140,16 +140,16 @@ def test_nothing_is_lost_that_had_not_begun(home, nginx, progress):
         time.sleep(SECONDS)
         load.phase = "SIGTERM"
         assert servers[1].stop() == 0
+        load.phase = "one server"
         time.sleep(SECONDS)
     finally:
         if load:
             load.stop()
-        seconds = time.monotonic() - begin
         for server in servers:
             if server.process.poll() is None:
                 os.killpg(server.process.pid, signal.SIGKILL)
-    rate = sum(load.tokens.values()) / seconds
-    progress.tell(f"two servers behind nginx, {CLIENTS} clients, {seconds:.0f} s, {rate:.0f} tok/s: "
-                  f"{dict(load.outcomes)}")
+    rates = ", ".join(f"{phase}: {load.tokens[phase] / SECONDS:.0f} tok/s"
+                      for phase in ("two servers", "one server"))
+    progress.tell(f"{CLIENTS} clients behind nginx, {rates}; {dict(load.outcomes)}")
     assert {outcome for _, outcome in load.outcomes} <= {"whole", "cut"}
     assert {phase for phase, outcome in load.outcomes if outcome == "cut"} <= {"kill -9"}
