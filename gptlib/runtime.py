@@ -236,11 +236,11 @@ def preserved_rng(device):
 
 
 def git_commit():
-    """The commit of this checkout, or None outside a checkout."""
+    """The commit of this checkout; outside one, GIT_COMMIT of the environment, or None."""
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True,
                               text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT") or None
     return done.stdout.strip()

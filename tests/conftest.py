@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,18 @@ def start(script, *args, cwd):
     """Start a script and leave it running."""
     return subprocess.Popen(command(script, *args), cwd=cwd, env=environment(), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def free_ports(n):
+    """n ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
 
 
 def read_log(log_dir):

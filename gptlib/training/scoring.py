@@ -6,6 +6,7 @@ This is the only scorer of the repository: hellaswag.py, the training loop and b
 import hashlib
 import http.client
 import json
+import os
 import random
 import urllib.request
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"  # the newest of 2026-11
 URL = f"https://raw.githubusercontent.com/rowanz/hellaswag/{COMMIT}/data/hellaswag_val.jsonl"
 GIT_HASH = "0f5ee25d72216f12317d5d8a7b92deafa423d81e"  # of the file, as git ls-tree shows it
 MAX_BYTES = 64 * 2**20  # of the download; the file has 12 MB
-CACHE = Path(__file__).resolve().parents[2] / "hellaswag" / "hellaswag_val.jsonl"
+CACHE = Path(os.environ.get("HELLASWAG_CACHE_DIR")
+             or Path(__file__).resolve().parents[2] / "hellaswag") / "hellaswag_val.jsonl"
 
 
 # -----------------------------------------------------------------------------
@@ -35,8 +37,9 @@ CACHE = Path(__file__).resolve().parents[2] / "hellaswag" / "hellaswag_val.jsonl
 def load_examples(path=""):
     """The examples of a HellaSwag jsonl file: a list of dicts with ctx, endings and label.
 
-    Without a path, the validation set is downloaded once and kept in the folder hellaswag/ beside
-    the scripts. Raises UserError if the file can't be read or downloaded, or is broken.
+    Without a path, the validation set is downloaded once and kept in HELLASWAG_CACHE_DIR, by
+    default the folder hellaswag/ beside the scripts. Raises UserError if the file can't be read or
+    downloaded, or is broken.
     """
     if not path and not CACHE.exists():
         download(URL, CACHE)
@@ -99,7 +102,7 @@ def download(url, path):
         raise UserError(f"{url} is not the file that it should be: its hash is {git_hash(data)}, "
                         f"expected {GIT_HASH}. {remedy}")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make {path.parent} ({e.strerror}). {remedy}") from e
     atomic_write(path, lambda f: f.write(data))

@@ -21,7 +21,9 @@ from conftest import command, environment
 from gptlib import distributed
 from gptlib.common import UserError, print0
 from gptlib.distributed import StopSignal, World, interface_of, join, read_ranks
-from gptlib.runtime import nondeterministic_algorithms, prepare_attention, prepare_device
+from gptlib.runtime import (
+    git_commit, nondeterministic_algorithms, prepare_attention, prepare_device,
+)
 
 
 def handlers():
@@ -361,3 +363,10 @@ def test_a_broken_link_is_found_at_the_start(monkeypatch, completed, total, mess
     monkeypatch.setattr(distributed, "FIRST_EXCHANGE_SECONDS", 0)
     with pytest.raises(UserError, match=message):
         distributed.check_exchange(torch.device("cpu"), 4)
+
+
+def test_the_commit_of_an_image_without_git(monkeypatch):
+    """Guards against a run in a container whose report says that its commit is unknown."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("GIT_COMMIT", "0123abc")
+    assert git_commit() == "0123abc"
