@@ -282,7 +282,7 @@ def training_run(args, seconds):
     bare = run_alone(seconds, training, args, False)
     with tempfile.TemporaryDirectory() as folder:
         device = resolve_device(args.device).type
-        bench = Bench(Path(folder), device, 1, "", end - time.monotonic())
+        bench = Bench(Path(folder), device, 1, end - time.monotonic())
         if not args.data_root:
             prepare(PrepareConfig(f"{folder}/data", source="stdlib"))
         flags = run_flags(args, args.data_root or f"{folder}/data")
@@ -292,7 +292,7 @@ def training_run(args, seconds):
             kinds = [record["kind"] for record in look_at(log_dir, came)]
             return "resume" in kinds and kinds[-1] == "train"
 
-        run = bench.torchrun(1, "--max-restarts=1", ROOT / "train_gpt2.py", *flags)
+        run = bench.start("--max-restarts=1", ROOT / "train_gpt2.py", *flags, nproc=1)
         try:
             needed = {("train", KILLED_STEP), ("saved", EVALUATED_STEP)}
             bench.wait_until(lambda: look_at(log_dir, came) and needed <= came.keys(), run,

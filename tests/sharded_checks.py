@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gptlib.checkpoints import sharded_tensors
-from gptlib.training import optim as muon
+from gptlib.training import optim as muon, parallel
 from gptlib.checkpoints.formats import load_checkpoint
 from gptlib.common import UserError
 from gptlib.data.tokenizer import export_tokenizer
@@ -38,7 +38,7 @@ from gptlib.training.parallel import Layout, create_on, train_with
 from gptlib.distributed import map_leaves, whole
 from gptlib.checkpoints.saver import Saver, list_checkpoints
 from gptlib.checkpoints.start import load_start
-from gptlib.distributed import join
+from gptlib.distributed import COLLECTIVE_TIMEOUT, join
 from gptlib.runtime import prepare_device
 from stepping import take_step
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
@@ -265,6 +265,13 @@ def separate_disks(world, folder):
         own / "model_00001.pt", state_of(model, [], config, 1), dist.new_group(backend="gloo"))
     expect_error(lambda: writer.finish(lambda: None), "of another process is not in")
     expect(not list_checkpoints(own), "a part has the name of a whole one")
+
+
+def copies_wait_as_the_world_does(world, folder):
+    """A rank that is gone and is waited for by gloo's half hour, since it holds another copy."""
+    groups = parallel.shard_mesh(CPU, world, 1).get_all_groups()
+    times = {group._get_backend(CPU).options._timeout for group in groups}
+    expect(times == {COLLECTIVE_TIMEOUT}, times)
 
 
 def expect_error(function, text):

@@ -210,7 +210,7 @@ class Console:
         for text in texts:
             print0(f"sample: {text}")
         if self.log and texts:
-            self.log.note(step, "samples", texts=texts)
+            self.log.note(step, "samples", texts=texts, elapsed=self._elapsed())
 
     def draw_in(self, thread):
         """Redraw in a thread, a ThreadPoolExecutor. What waits there to be drawn already will show

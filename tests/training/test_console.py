@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -191,3 +192,24 @@ def test_a_crash_of_a_late_run_loses_no_line(tmp_path, data_root, monkeypatch, c
     monkeypatch.setattr(train_gpt2.console, "Console", functools.partial(Console, late=True))
     records, _ = run_of(tmp_path, data_root, "crashed", capsys)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(7))
+
+
+def test_training_goes_on_while_a_picture_is_drawn(tmp_path, data_root, monkeypatch, capsys):
+    """Guards against eight GPUs that wait at each evaluation until rank 0 has drawn log.png."""
+    step_3_is_over = threading.Event()
+    report, drawn = Console._report, []
+
+    def report_and_tell(console, step, *args):
+        report(console, step, *args)
+        if step == 3:
+            step_3_is_over.set()
+
+    def draw(console):
+        in_thread = threading.current_thread() is not threading.main_thread()
+        drawn.append(in_thread and step_3_is_over.wait(100))
+
+    monkeypatch.setattr(Console, "_report", report_and_tell)
+    monkeypatch.setattr(Console, "draw", draw)
+    run_of(tmp_path, data_root, "drawn", capsys)
+    assert drawn  # the first one begins before the first step
+    assert all(drawn)

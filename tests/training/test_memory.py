@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, read_log
 from gptlib.common import UserError
 from gptlib.distributed import World
 from gptlib.runtime import resolve_dtype
+from gptlib.training import memory
 from gptlib.training.memory import (checkpoint_bytes, estimate_memory, find_batch_size,
                                     memory_errors_told, model_sizes)
 from gptlib.training.parallel import Layout
@@ -264,6 +265,24 @@ def test_the_search_leaves_no_gradients(accelerator):
     model = LimitedModel(limit=2)
     search(model, accelerator)
     assert {p.grad for p in model.parameters()} == {None}
+
+
+@pytest.mark.parametrize("size, copies", [(1, 2), (2, 3)])
+def test_the_search_leaves_room_for_what_comes_later(accelerator, monkeypatch, size, copies):
+    """Guards against a batch that fits, and then AdamW's moments and DDP's buckets do not; and
+    against NCCL, which finds no memory beside what torch keeps of the trials."""
+    held, tried_before = [], []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda p: held.append(p.numel()) or empty_like(p))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: tried_before.append(len(model.tried)))
+    monkeypatch.setattr(memory, "preserved_rng", contextlib.nullcontext)
+    monkeypatch.setattr(memory, "smallest_of_all", lambda batch_size, world: batch_size)
+    monkeypatch.setattr(accelerator, "type", "cuda")
+    model = LimitedModel(limit=2)
+    find_batch_size(model, size * 16 * 8, accelerator, contextlib.nullcontext(), World(size=size))
+    assert model.tried == [8, 4, 2]
+    assert sum(held) == 3 * copies * sum(p.numel() for p in model.parameters())
+    assert tried_before == [3]
 
 
 def test_another_error_is_not_taken_for_lack_of_memory(accelerator):

@@ -29,7 +29,8 @@ from train_gpt2 import GPT
 
 CHECKS = ["muon_replicated", "muon_sharded", "muon_in_parts", "initial_weights", "compiled_blocks",
           "blocks_give_their_weights_back", "one_batch_size", "training_goes_on", "full_disk",
-          "separate_disks", "memory_of_a_start", "memory_of_hugging_face"]
+          "separate_disks", "copies_wait_as_the_world_does", "memory_of_a_start",
+          "memory_of_hugging_face"]
 
 # Ten rows of 32 tokens in micro-batches of three: ranks get different numbers of them, and of
 # HellaSwag's examples. Checkpoints are written at steps 2, 4 and 6.
