@@ -21,7 +21,8 @@ from gptlib.training import scoring
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")]
-EXAMPLES = made_examples(50, seed=3)
+# the harness takes a text of digits alone for a number
+EXAMPLES = [{**example, "ctx": f"then {example['ctx']}"} for example in made_examples(50, seed=3)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "always-ends"])
