@@ -16,8 +16,9 @@ once. One line of it:
              "is holding a rubik's cube.", "starts pulling up roofing on a roof."], ...}
 
 The model chooses the ending whose tokens have the lowest loss in total (acc) or on average
-(acc_norm). It chooses as build-nanogpt's hellaswag.py does, whose published results for all 10,042
-examples are:
+(acc_norm by tokens; by characters it is what EleutherAI's harness calls acc_norm, see
+docs/evaluate.md). It chooses as build-nanogpt's hellaswag.py does, whose published results for all
+10,042 examples are:
 
                 acc     acc_norm
 gpt2 (124M)     0.2859  0.2955
@@ -102,7 +103,8 @@ def main():
                           world.rank, world.size, cfg.batch_tokens)
         if world.rank == 0:
             print(f"{scores['examples']} examples, "
-                  f"acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f}")
+                  f"acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f} by tokens, "
+                  f"{scores['acc_norm_chars']:.4f} by characters")
 
 
 if __name__ == "__main__":

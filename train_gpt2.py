@@ -485,8 +485,7 @@ def sample(evaluator, cfg, tokenizer, dtype):
 
 def open_log(cfg, start, model, data, device, dtype, world, batch_size):
     """Print what is about to run, and open the log of its course; only rank 0 has the files."""
-    facts = console.describe_run(asdict(cfg), model, device, dtype, world, batch_size,
-                                 data.description, data.tokenizer.name == "gpt2")
+    facts = console.describe_run(asdict(cfg), model, device, dtype, world, batch_size, data)
     console.print_run(facts, data.train.n_tokens)
     resumed_at = start.step if start.resumed else None
     if start.resumed:

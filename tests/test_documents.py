@@ -31,7 +31,7 @@ SCRIPTS = ["fineweb", "hellaswag", "train_gpt2", "inference", "serve", "plan", "
 OTHER_PROGRAMS = {
     "pip", "git", "curl", "cd", "export", "sleep", "until", "do", "done", "ssh", "ssh-keygen",
     "rsync", "tmux", "nvidia-smi", "docker", "mkdir", ".", "id", "echo", "ollama", "printf",
-    "sbatch",
+    "sbatch", "$UV", "sed", "grep", "lm_eval",
 }
 # flags of gunicorn, Docker and Slurm that the text mentions
 OTHER_FLAGS = {"--preload", "--gpus", "--user", "--stop-timeout", "--build-arg", "--requeue",

@@ -203,7 +203,7 @@ class Console:
         """Report the accuracies that scoring.evaluate returns."""
         n = scores["examples"]
         print0(f"step {step:5d} | HellaSwag accuracy: {scores['acc_norm']:.4f} on {n} examples")
-        self._write(step, "hella", acc_norm=scores["acc_norm"], acc=scores["acc"])
+        self._write(step, "hella", **{name: scores[name] for name in scores if name != "examples"})
 
     def samples(self, step, texts):
         """Report what the model has written."""
@@ -277,19 +277,20 @@ def peak_gpu_memory(device):
 # the facts of a run
 
 
-def describe_run(settings, model, device, dtype, world, batch_size, data, gpt2_tokens=True):
+def describe_run(settings, model, device, dtype, world, batch_size, data):
     """The facts of the log's first record: what a reader needs to run the same again.
 
-    settings: the run's flags as a dict; data: the dataset in a line; gpt2_tokens: whether the
-    tokens are GPT-2's, so that losses can be compared with published ones.
+    settings: the run's flags as a dict; data: the loader's Dataset.
     """
+    gpt2_tokens = data.tokenizer.name == "gpt2"
     return dict(
         config=settings, parameters=sum(p.numel() for p in model.parameters()),
         git_commit=git_commit(), torch=torch.__version__, device=device_name(device),
         dtype=str(dtype), world_size=world.size, batch_size=batch_size,
         vocab_size=model.config.vocab_size, time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=describe_command(), machine=describe_machine(), data=data,
-        gpt2_tokens=gpt2_tokens)
+        command=describe_command(), machine=describe_machine(), data=data.description,
+        # published accuracies are of models with these tokens, published losses of this text too
+        gpt2_tokens=gpt2_tokens, fineweb_edu=gpt2_tokens and data.is_fineweb_edu)
 
 
 def describe_command():

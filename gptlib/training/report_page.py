@@ -75,7 +75,8 @@ def results_table(of_kind, facts):
     losses = [r for r in of_kind["val"] if r["loss"] is not None]
     if losses:
         best, last = min(losses, key=lambda r: r["loss"]), of_kind["val"][-1]
-        others = [f"{GPT2_VAL_LOSS} on FineWeb-Edu", ""] if published else []
+        known = f"{GPT2_VAL_LOSS} on FineWeb-Edu" if facts.get("fineweb_edu") else ""
+        others = [known, ""] if published else []
         for name, record in (("best", best), ("last", last)):
             rows.append([f"{evaluated} loss, {name}", number(record["loss"]) or "not finite",
                          record["step"], *others])

@@ -43,7 +43,7 @@ class RunLog:
         installed, or if the run has diverged and would be repeated with the same settings.
         """
         self.dir = Path(log_dir)
-        self.gpt2_tokens = facts.get("gpt2_tokens", False)
+        self.published = facts.get("gpt2_tokens", False), facts.get("fineweb_edu", False)
         self.warned = set()
         settings = facts["config"]
         senders = [WandbSink] * wandb + [TensorBoardSink] * tensorboard
@@ -132,8 +132,8 @@ class RunLog:
         atomic_write(self.dir / "report.md", lambda file: file.write(data))
 
     def draw(self):
-        """Redraw log.png; if the tokens are GPT-2's, with the published GPT-2 and GPT-3 figures."""
-        self._attempt("log.png", plot, self.records(), self.dir / "log.png", self.gpt2_tokens)
+        """Redraw log.png, with the published figures that this run can be compared with."""
+        self._attempt("log.png", plot, self.records(), self.dir / "log.png", *self.published)
 
     def _attempt(self, what, function, *args):
         """Call a function whose failure must not end the run; the first failure is a warning.
@@ -317,17 +317,18 @@ def new_figure(**options):
     return Figure(**options)
 
 
-def plot(records, path, gpt2_tokens):
+def plot(records, path, gpt2_tokens, fineweb_edu):
     """Draw the records of log.jsonl as an image at `path`. Raises UserError if that can't be
     written; the earlier image stays then.
 
-    gpt2_tokens: whether losses are per token of GPT-2, so that published ones can be compared.
+    gpt2_tokens: whether published accuracies can be compared with; fineweb_edu: whether the losses
+    are per token of GPT-2 on FineWeb-Edu's val split, so that published ones can.
     """
     train, val, hella = (select_curve(records, kind) for kind in TEXT_COLUMNS)
     has_hella = len(hella[0]) > 0
     figure = new_figure(figsize=(13 if has_hella else 7, 4.5))
     axes = figure.subplots(1, 2 if has_hella else 1, squeeze=False)
-    plot_loss(axes[0][0], train, val, gpt2_tokens)
+    plot_loss(axes[0][0], train, val, fineweb_edu)
     if has_hella:
         plot_hellaswag(axes[0][1], hella, gpt2_tokens)
     for ax in axes[0]:
@@ -344,12 +345,12 @@ def select_curve(records, kind):
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_loss(ax, train, val, gpt2_tokens):
+def plot_loss(ax, train, val, fineweb_edu):
     label = f"val {val[1][-1]:.4f}" if val[1] else "val"
     ax.plot(*train, lw=0.8, alpha=0.6, label="train")
     ax.plot(*val, marker=".", label=label)
     ax.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    if gpt2_tokens:
+    if fineweb_edu:
         label = "OpenAI GPT-2 (124M) on FineWeb-Edu val"
         ax.axhline(GPT2_VAL_LOSS, color="r", ls="--", lw=1, label=label)
 

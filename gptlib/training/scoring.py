@@ -138,6 +138,7 @@ class EncodedExamples:
     """Examples as tokens, cut to a block size: encode once, evaluate often."""
     block_size: int
     rows: list  # for each example (context tokens, [tokens of each ending])
+    n_characters: list  # for each example the characters of each ending, as its text
     labels: list  # for each example the number of the right ending
     n_cut: int  # how many examples were too long for the block size
 
@@ -174,8 +175,9 @@ def encode_examples(examples, tokenizer, block_size):
         row = fit(*full, block_size)
         n_cut += row != full
         rows.append(row)
+    n_characters = [[len(ending) for ending in example["endings"]] for example in examples]
     labels = [example["label"] for example in examples]
-    return EncodedExamples(block_size, rows, labels, n_cut)
+    return EncodedExamples(block_size, rows, n_characters, labels, n_cut)
 
 
 def load_for_training(path, limit, tokenizer, block_size, world):
@@ -313,8 +315,9 @@ def ending_losses(model, batch, head_rows=512):
     return [[[next(remaining) for _ in ending] for ending in endings] for _, endings in batch]
 
 
-def choose(losses, endings):
-    """The indices of the likeliest endings, by sum and by mean of their tokens' losses.
+def choose(losses, endings, n_characters):
+    """The indices of the likeliest endings, by the sum of their tokens' losses, by its mean over
+    the tokens, and by the sum over the number of characters.
 
     Of equal endings the first is chosen. They get the same losses: at two places of a row losses
     differ in the last digit, and rounding must not decide.
@@ -322,7 +325,8 @@ def choose(losses, endings):
     losses = [losses[endings.index(ending)] for ending in endings]
     sums = [sum(x) for x in losses]
     means = [s / len(x) for s, x in zip(sums, losses, strict=True)]
-    return sums.index(min(sums)), means.index(min(means))
+    per_character = [s / max(n, 1) for s, n in zip(sums, n_characters, strict=True)]
+    return tuple(values.index(min(values)) for values in (sums, means, per_character))
 
 
 # -----------------------------------------------------------------------------
@@ -330,8 +334,8 @@ def choose(losses, endings):
 
 
 def count_correct(model, encoded, batches, autocast, show_progress):
-    """Score the examples in batches. Returns how many, how many are right by sum, and by mean."""
-    n = n_correct = n_correct_norm = 0
+    """Score the examples in batches: how many, and how many are right by each rule of choose."""
+    n, correct = 0, [0, 0, 0]
     n_examples = sum(len(batch) for batch in batches)
     progress = tqdm(total=n_examples, desc="HellaSwag", unit="ex", leave=False, dynamic_ncols=True,
                     disable=None if show_progress else True)
@@ -341,18 +345,19 @@ def count_correct(model, encoded, batches, autocast, show_progress):
             rows = [encoded.rows[i] for i in batch]
             for i, losses in zip(batch, ending_losses(model, rows), strict=True):
                 _, endings = encoded.rows[i]
-                by_sum, by_mean = choose(losses, endings)
+                choices = choose(losses, endings, encoded.n_characters[i])
                 n += 1
-                n_correct += by_sum == encoded.labels[i]
-                n_correct_norm += by_mean == encoded.labels[i]
-            running = f"acc {n_correct / n:.4f}, acc_norm {n_correct_norm / n:.4f}"
+                for rule, choice in enumerate(choices):
+                    correct[rule] += choice == encoded.labels[i]
+            running = f"acc {correct[0] / n:.4f}, acc_norm {correct[1] / n:.4f}"
             progress.set_postfix_str(running, refresh=False)
             progress.update(len(batch))
-    return n, n_correct, n_correct_norm
+    return n, *correct
 
 
 def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_tokens=0):
-    """The model's accuracies: {"examples": their number, "acc": by sum, "acc_norm": by mean}.
+    """The model's accuracies: {"examples": their number, "acc": by sum, "acc_norm": by mean over
+    the tokens, "acc_norm_chars": over the characters, as EleutherAI's harness has its acc_norm}.
 
     examples: dicts as load_examples returns them, or EncodedExamples; then tokenizer may be None.
     batch_tokens: tokens per forward pass; 0 means 512 on a CPU, where little padding matters more
@@ -380,5 +385,6 @@ def evaluate(model, examples, tokenizer, autocast, rank=0, world_size=1, batch_t
         sums = torch.tensor(counts)
         dist.all_reduce(sums)
         counts = sums.tolist()
-    n, n_correct, n_correct_norm = counts
-    return {"examples": n, "acc": n_correct / max(n, 1), "acc_norm": n_correct_norm / max(n, 1)}
+    n, *correct = counts
+    accuracies = zip(("acc", "acc_norm", "acc_norm_chars"), correct, strict=True)
+    return {"examples": n, **{name: count / max(n, 1) for name, count in accuracies}}

@@ -29,7 +29,10 @@ def write_checkpoint(path, model):
 
 @torch.no_grad()
 def original_choices(model, enc, example):
-    """What the original script chooses, by sum and by mean: four padded rows, and a mask."""
+    """What the original script chooses, by sum and by mean, and the harness by characters.
+
+    Four padded rows, and a mask.
+    """
     context = enc.encode(example["ctx"])
     endings = [enc.encode(" " + ending) for ending in example["endings"]]
     tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
@@ -42,7 +45,8 @@ def original_choices(model, enc, example):
     losses = F.cross_entropy(logits, tokens[:, 1:], reduction="none")
     sums = (losses * mask[:, 1:]).sum(dim=1)
     means = sums / mask[:, 1:].sum(dim=1)
-    return sums.argmin().item(), means.argmin().item()
+    per_character = sums / torch.tensor([len(ending) for ending in example["endings"]])
+    return sums.argmin().item(), means.argmin().item(), per_character.argmin().item()
 
 
 def test_equals_the_original_on_a_hugging_face_directory(tmp_path, monkeypatch, capsys):
@@ -54,11 +58,12 @@ def test_equals_the_original_on_a_hugging_face_directory(tmp_path, monkeypatch, 
     make_model(enc).save_pretrained(tmp_path / "hf")
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     examples = made_examples(50, seed=2)
-    n_correct = n_correct_norm = 0
+    n_correct = n_correct_norm = n_correct_chars = 0
     for example in examples:
-        by_sum, by_mean = original_choices(hf, enc, example)
+        by_sum, by_mean, by_characters = original_choices(hf, enc, example)
         n_correct += by_sum == example["label"]
         n_correct_norm += by_mean == example["label"]
+        n_correct_chars += by_characters == example["label"]
     assert 0 < n_correct < 50
     assert 0 < n_correct_norm < 50
     assert n_correct != n_correct_norm
@@ -68,7 +73,8 @@ def test_equals_the_original_on_a_hugging_face_directory(tmp_path, monkeypatch, 
         "hellaswag.py", "--model_type", str(tmp_path / "hf"),
         "--data", str(tmp_path / "data.jsonl"), "--device", "cpu"])
     hellaswag.main()
-    expected = f"50 examples, acc: {n_correct / 50:.4f}, acc_norm: {n_correct_norm / 50:.4f}\n"
+    expected = (f"50 examples, acc: {n_correct / 50:.4f}, acc_norm: {n_correct_norm / 50:.4f} "
+                f"by tokens, {n_correct_chars / 50:.4f} by characters\n")
     assert capsys.readouterr().out == expected
 
 
@@ -81,7 +87,8 @@ def test_command_line_under_torchrun(tmp_path):
                "--device=cpu", cwd=tmp_path, nproc=2)
     assert done.returncode == 0, done.stderr
     scores = scoring.evaluate(model, examples[:33], BYTES, FLOAT32)
-    expected = f"33 examples, acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f}\n"
+    expected = (f"33 examples, acc: {scores['acc']:.4f}, acc_norm: {scores['acc_norm']:.4f} "
+                f"by tokens, {scores['acc_norm_chars']:.4f} by characters\n")
     assert done.stdout == expected
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TINY, command, environment, flags, read_log
 
 from gptlib.common import UserError
+from gptlib.distributed import World
+from gptlib.training.console import describe_run
 from gptlib.training.run_log import RunLog, append_line, plot, select_curve
 
 FACTS = {"config": {"max_lr": 1e-3}}
@@ -193,16 +196,29 @@ def test_the_plot_of_any_run(tmp_path, steps, gpt2_tokens):
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_published_figures_are_for_gpt2_tokens_alone(tmp_path, monkeypatch):
-    """Guards against GPT-2's line beside losses of another tokenizer, which are of other tokens."""
+@pytest.mark.parametrize("gpt2_tokens, fineweb_edu, expected", [
+    (False, False, []), (True, False, [0.2945, 0.337]), (True, True, [3.2924, 0.2945, 0.337])])
+def test_the_published_figures_are_for_runs_like_theirs(tmp_path, monkeypatch, gpt2_tokens,
+                                                        fineweb_edu, expected):
+    """Guards against GPT-2's line beside losses of other tokens or on another text."""
     import matplotlib.axes
     write_run(tmp_path)
     lines = []
     monkeypatch.setattr(matplotlib.axes.Axes, "axhline", lambda self, y, **style: lines.append(y))
-    plot(records(tmp_path), tmp_path / "a.png", gpt2_tokens=False)
-    assert lines == []
-    plot(records(tmp_path), tmp_path / "a.png", gpt2_tokens=True)
-    assert lines == [3.2924, 0.2945, 0.337]
+    plot(records(tmp_path), tmp_path / "a.png", gpt2_tokens, fineweb_edu)
+    assert lines == expected
+
+
+@pytest.mark.parametrize("tokenizer, is_fineweb_edu, expected", [
+    ("gpt2", True, (True, True)), ("gpt2", False, (True, False)), ("bpe", True, (False, False))])
+def test_the_first_record_says_what_to_compare_with(tokenizer, is_fineweb_edu, expected):
+    """Guards against published losses beside those on another text, or of another tokenizer."""
+    data = SimpleNamespace(tokenizer=SimpleNamespace(name=tokenizer), description="a dataset",
+                           is_fineweb_edu=is_fineweb_edu)
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(vocab_size=1)
+    facts = describe_run({}, model, torch.device("cpu"), torch.float32, World(), 1, data)
+    assert (facts["gpt2_tokens"], facts["fineweb_edu"]) == expected
 
 
 def test_a_curve_leaves_out_what_was_not_finite(tmp_path):

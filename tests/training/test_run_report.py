@@ -21,7 +21,7 @@ FACTS = dict(
                 min_lr=1e-4, data_root="data"),
     command="python train_gpt2.py --sample_prompt 'a | b'", parameters=1234, vocab_size=64,
     git_commit=None, torch="2.13.0", device="NVIDIA H100", dtype="torch.bfloat16", world_size=8,
-    time="2026-11-21T10:00:00+0000", gpt2_tokens=True)
+    time="2026-11-21T10:00:00+0000", gpt2_tokens=True, fineweb_edu=True)
 
 
 def write_run(log, steps, elapsed=10.0):

@@ -163,9 +163,24 @@ def test_of_equal_endings_the_first_is_chosen():
     """
     a, b = [5, 6], [7]
     losses = [[2.0, 2.0], [1.0, 1.0000002], [3.0], [1.0, 1.0]]
-    assert scoring.choose(losses, [b, a, b, a]) == (1, 1)
+    assert scoring.choose(losses, [b, a, b, a], [1, 2, 1, 2]) == (1, 1, 1)
     losses = [[1.0, 1.0], [1.5], [0.9, 0.9, 0.9], [9.0]]
-    assert scoring.choose(losses, [[1, 2], [3], [4, 5, 6], [7]]) == (1, 2)
+    assert scoring.choose(losses, [[1, 2], [3], [4, 5, 6], [7]], [9, 3, 9, 90]) == (1, 2, 3)
+
+
+def test_characters_are_counted_as_the_harness_does():
+    """Guards against a third accuracy that divides by bytes, or counts the space before.
+
+    Every token is as likely as another, ln 257 each, and é is two: the endings have 8, 6, 4 and 2
+    tokens and 5, 4, 2 and 1 characters, so 1.6, 1.5, 2 and 2 tokens for each.
+    """
+    model = make_model()
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    example = {"ctx": "it", "endings": ["aaaéé", "aaaé", "aé", "a"], "label": 1}
+    scores = scoring.evaluate(model, [example], BYTES, FLOAT32)
+    assert scores["acc_norm_chars"] == 1
+    assert scores["acc"] == 0, "the shortest by sum is the last"
 
 
 def test_a_long_context_is_cut_from_the_left(capsys):
