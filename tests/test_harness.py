@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness reads the same log-likelihoods as hellaswag.py: from an export,
+"""EleutherAI's lm-evaluation-harness reads the log-likelihoods of hellaswag.py: from an export,
 and from serve.py.
 
     pip install "lm_eval[hf,api]==0.4.13" && python -m pytest tests/test_harness.py
@@ -27,7 +27,7 @@ EXAMPLES = [{**example, "ctx": f"then {example['ctx']}"} for example in made_exa
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "always-ends"])
 def export(request, tmp_path_factory):
-    """A model and its exported directory; `always-ends` finds <|endoftext|> likeliest everywhere."""
+    """A model and its export; `always-ends` finds <|endoftext|> likeliest everywhere."""
     tokenizer = load_gpt2_or_skip()
     model = make_model(tokenizer, std=0.1, block_size=256)
     if request.param:
