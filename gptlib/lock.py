@@ -1,6 +1,7 @@
 """One run for each directory: a lock that ends with the process that holds it, even by kill -9."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -33,9 +34,12 @@ def lock_directory(path):
         name = path.resolve()
         if name in locked_here:
             raise UserError(f"{path} is in use by this very process")
-        file = open(path / LOCK_NAME, "a+")
+        file = open(path / LOCK_NAME, "a+", opener=open_unless_link)
     except OSError as error:
-        raise UserError(f"{path} can't be written to: {error.strerror}") from error
+        reason = error.strerror
+        if error.errno == errno.ELOOP:
+            reason = f"its {LOCK_NAME} is a link, which could lead to any file: remove it"
+        raise UserError(f"{path} can't be written to: {reason}") from error
     with file:
         if acquire(file, path):
             write_owner(file)
@@ -44,6 +48,11 @@ def lock_directory(path):
             yield
         finally:
             locked_here.remove(name)
+
+
+def open_unless_link(path, flags):
+    """Opens a file; a link is an OSError, since it could lead to a file of the user's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def acquire(file, path):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, english, flags, run, write_dataset
 
 from gptlib import lock
 from gptlib.common import UserError
@@ -47,6 +47,21 @@ def test_a_second_process_is_refused(holder, tmp_path):
     assert f"process {holder.pid} on {socket.gethostname()}" in str(error.value)
     assert "\n" not in str(error.value)
     assert holder.poll() is None
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    """Guards against a log folder of a stranger whose .lock leads to a file of the user's, which
+    the name of the lock's owner would replace."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / ".lock").symlink_to(victim)
+    done = run("train_gpt2.py", *flags(**TINY, data_root=write_dataset(
+        tmp_path / "data", [english(3001)], [english(1500)])), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == ("error: log can't be written to: its .lock is a link, which could lead "
+                           "to any file: remove it\n")
+    assert victim.read_text() == "mine"
 
 
 def test_a_refused_process_does_not_end_the_lock(holder, tmp_path):
