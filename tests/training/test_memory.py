@@ -139,7 +139,7 @@ print(json.dumps([before, status("VmHWM")]))
 @pytest.mark.parametrize("shape, optimizer, batch_size, micro_steps", [
     # weights, gradients and optimizer; activations; logits
     (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, vocab_size=32768), "adamw", 1, 1),
-    (dict(n_layer=5, n_embd=768, n_head=12, block_size=64, vocab_size=2048), "muon", 1, 2),
+    (dict(n_layer=8, n_embd=768, n_head=12, block_size=64, vocab_size=2048), "muon", 1, 2),
     (dict(n_layer=8, n_embd=256, n_head=4, block_size=256, vocab_size=1024), "adamw", 24, 1),
     (dict(n_layer=2, n_embd=256, n_head=4, block_size=256, vocab_size=50304), "muon", 6, 2),
 ], ids=["state", "state, Muon", "activations", "logits, Muon"])
@@ -149,7 +149,7 @@ def test_peak_of_a_fresh_process(shape, optimizer, batch_size, micro_steps):
     bits = torch.finfo(resolve_dtype("auto", torch.device("cpu"))).bits
     request = json.dumps([shape, optimizer, batch_size, micro_steps, bits])
     done = subprocess.run([sys.executable, "-c", PEAK, request], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     before, peak = json.loads(done.stdout)
     tokens = batch_size * shape["block_size"] * micro_steps
