@@ -80,6 +80,11 @@ class ArgumentParser(argparse.ArgumentParser):
 # files
 
 
+def open_unless_link(path, flags):
+    """An opener for open(): a link is an OSError, since it could lead to a file of the user's."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def atomic_write(path, write):
     """Write a file through write(f), f a binary file, so that it is complete or not there at all.
 

@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-from gptlib.common import UserError, warn
+from gptlib.common import UserError, open_unless_link, warn
 
 LOCK_NAME = ".lock"
 locked_here = set()  # the directories that this process has locked
@@ -48,11 +48,6 @@ def lock_directory(path):
             yield
         finally:
             locked_here.remove(name)
-
-
-def open_unless_link(path, flags):
-    """Opens a file; a link is an OSError, since it could lead to a file of the user's."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def acquire(file, path):

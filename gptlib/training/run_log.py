@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from gptlib.checkpoints.saver import checkpoint_path, list_checkpoints, update_latest
-from gptlib.common import UserError, atomic_write, first_line, import_optional, print0, warn
+from gptlib.common import (UserError, atomic_write, first_line, import_optional, open_unless_link,
+                           print0, warn)
 from gptlib.training.loss_watch import find_overfitting
 from gptlib.training.report_page import (GPT2_HELLASWAG, GPT2_VAL_LOSS, GPT3_HELLASWAG,
                                          format_report, run_seconds)
@@ -244,13 +245,9 @@ def parse_record(line):
 
 
 def append_line(path, line):
-    """Append a line to a file, whole or not at all: the next line must not continue half a line.
-
-    A link is not followed, since it could lead to a file of the user's that is no log.
-    """
+    """Append a line to a file, whole or not at all: the next line must not continue half a line."""
     data = (line + "\n").encode()
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with open(os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666), "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=open_unless_link) as file:
         size = file.seek(0, os.SEEK_END)
         if file.write(data) < len(data):
             file.truncate(size)
