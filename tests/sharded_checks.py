@@ -6,7 +6,6 @@ Each rank writes {check: "ok", or why it failed} to OUT/RANK.json.
 """
 
 import ctypes
-import dataclasses
 import errno
 import functools
 import gc
@@ -39,7 +38,6 @@ from gptlib.distributed import map_leaves, whole
 from gptlib.checkpoints.saver import Saver, list_checkpoints
 from gptlib.checkpoints.start import load_start
 from gptlib.distributed import COLLECTIVE_TIMEOUT, join
-from gptlib.runtime import prepare_device
 from stepping import take_step
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizers
 
@@ -325,61 +323,6 @@ def die_while_saving(world, folder):
     if world.rank == 1:
         sharded_tensors.checksum = lambda path: os._exit(9)
     saver.save(state_of(model, optimizers, config, 2), wait=True)
-
-
-# Steps whose peak memory is compared with the plan's, of models that are large enough for Python's
-# own memory not to matter, named after what takes most of theirs.
-MEASURED = {
-    "embedding": dict(n_layer=6, n_embd=768, n_head=12, block_size=64, batch_size=1,
-                      optimizer="muon", recompute=True),
-    "gradients": dict(n_layer=6, n_embd=1024, n_head=16, block_size=64, batch_size=1),
-    "activations": dict(n_layer=8, n_embd=256, n_head=4, block_size=256, batch_size=24),
-}
-VOCABULARY = {"embedding": 50304, "gradients": 2048, "activations": 1024}
-MICRO_STEPS = {"embedding": 1, "gradients": 2, "activations": 1}
-
-
-def measured_settings(name, ranks):
-    """(TrainConfig, GPTConfig, micro-batches of a step) of an entry of MEASURED."""
-    shape, micro_steps = MEASURED[name], MICRO_STEPS[name]
-    tokens = shape["batch_size"] * shape["block_size"] * micro_steps * ranks
-    cfg = TrainConfig(shard=True, compile=False, total_batch_size=tokens, **shape)
-    config = GPTConfig(cfg.block_size, VOCABULARY[name], cfg.n_layer, cfg.n_head, cfg.n_embd)
-    return cfg, config, micro_steps
-
-
-def peak_of_steps(world, folder):
-    """Each rank writes [resident bytes before, at most during two steps] of each in MEASURED."""
-    prepare_device(CPU, keep_memory=False)  # as train() does
-    cfg, config, _ = measured_settings("embedding", world.size)
-    tiny = dataclasses.replace(config, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
-    two_steps(cfg, tiny, 1, world)  # loads what Python and torch load once
-    found = {}
-    for name in MEASURED:
-        gc.collect()
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is there now
-        two_steps(*measured_settings(name, world.size), world)
-        found[name] = before, resident("VmHWM")
-    Path(folder, f"{world.rank}.json").write_text(json.dumps(found))
-
-
-def two_steps(cfg, config, micro_steps, world):
-    model = create_on(CPU, cfg.layout(), world, lambda: GPT(config))
-    optimizers = configure_optimizers(model, cfg, CPU, world)
-    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    x, y = torch.randint(config.vocab_size, (2, cfg.batch_size, cfg.block_size))
-    for _ in range(2):
-        batches = [(x, y, x.numel())] * micro_steps
-        take_step(train_with(model, cfg.layout(), CPU, world), batches, optimizers, scaler,
-                  autocast, 1e-4, cfg, world)
-
-
-def resident(name):
-    """Bytes of this process in memory: VmRSS those now, VmHWM the most so far."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(name + ":")[1].split()[0]) << 10
 
 
 class PeakMemory:
