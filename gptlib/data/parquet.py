@@ -44,7 +44,7 @@ class ParquetFile:
     """The text in one column of a parquet file.
 
     path: the file. column: its column of text. on_done: called when every RowGroup that was handed
-    out is read and no other follows. Raises UserError where the file is damaged or has no such
+    out is read and no other follows. Raises UserError if the file is damaged or has no such
     column.
     """
 
@@ -168,7 +168,7 @@ class RowGroup(NamedTuple):
         return self.file.text_size(self.index) > LARGE_ROW_GROUP
 
     def documents(self):
-        """Yield the documents (str). Raises UserError where they can't be read."""
+        """Yield the documents (str). Raises UserError if they can't be read."""
         for documents in self.file.rows(self.index, self.first, self.last):
             yield from documents
         self.file.done_with_one()

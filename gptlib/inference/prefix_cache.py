@@ -5,7 +5,7 @@ This takes no memory: a sequence that has ended stays in its slot until the slot
 
 from dataclasses import dataclass
 
-# fewer tokens are read together with the rest in hardly more time
+# copying fewer tokens gains nothing: reading them with the rest takes hardly longer
 MIN_SHARED = 16
 
 
@@ -23,7 +23,7 @@ class Content:
         return all_tokens[self.start:self.start + self.length]
 
     def begins_like(self, tokens):
-        """How many tokens from the first one on are equal."""
+        """How many of the first tokens equal those of `tokens`."""
         n_equal = 0
         for a, b in zip(self.tokens(), tokens, strict=False):
             if a != b:

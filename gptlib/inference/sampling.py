@@ -145,7 +145,7 @@ def sort_probabilities(logits, temperature, top_p):
 
 
 def nucleus_threshold(probs, top_p):
-    """A probability that no token of any row's nucleus is below, the higher the better."""
+    """A lower bound for the probability of any row's nucleus tokens, as high as is easily found."""
     for threshold in (1e-3, 1e-4, 1e-5):
         mass = probs.where(probs >= threshold, 0.0).sum(dim=-1)
         # well above top_p, so that no rounding of sums matters
