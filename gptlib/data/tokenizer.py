@@ -33,8 +33,8 @@ BPE_SPLIT = (r"(?: ?\p{Han}+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+"
              r"| ?[\p{L}\p{M}&&[^\p{Han}\p{Hiragana}\p{Katakana}]]+(?:'(?:[sdmt]|ll|ve|re))?"
              r"| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+)") + SPACES
 
-# Hugging Face's tokenizer files spell each byte as one character: the character of that code where
-# it can be printed, else one from U+0100 on.
+# Hugging Face's tokenizer files spell each byte as one character: the character of that code if it
+# can be printed, else one from U+0100 on.
 UNPRINTABLE = [*range(33), *range(127, 161), 173]
 CHAR_OF = {b: chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256)}
 BYTE_OF = {char: b for b, char in CHAR_OF.items()}

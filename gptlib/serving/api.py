@@ -371,7 +371,7 @@ def check_echo(texts, n, limit):
 # OpenAPI
 
 POST_ANSWERS = {
-    200: "JSON, or server-sent events where stream is true",
+    200: "JSON, or server-sent events if stream is true",
     400: "malformed or out of range",
     401: "API key missing or wrong",
     404: "no such model",
