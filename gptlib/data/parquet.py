@@ -106,7 +106,7 @@ class ParquetFile:
         if longest > MAX_DOCUMENT:
             raise UserError(f"{self.path}: row group {index} has documents of {longest:.0f} bytes; "
                             f"expected at most {MAX_DOCUMENT}. Leave it out of --files")
-        # at most 1024, because text that repeats itself is larger than its encoded size
+        # at most 1024: size is that of the encoded text, which may repeat itself when decoded
         rows_at_a_time = min(max(1, int(PIECE / max(size, 1))), 1024)
         rows_at_a_time = min(rows_at_a_time, max(1, int(MOST_REPEATED / max(longest, 1))))
         begin = 0

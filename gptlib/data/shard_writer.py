@@ -155,9 +155,10 @@ class ShardWriter:
             self.writes.append(self.writer.submit(self.write_shard, chunks))
 
     def size_of_val(self, size):
-        """How many of `size` tokens shard 0 gets: it ends before text that trained the tokenizer.
+        """How many of `size` tokens shard 0 gets.
 
-        That text follows the first `head` bytes of a large corpus.
+        Of a large corpus it gets at most the first `head` bytes: the tokenizer was trained on text
+        after them.
         """
         if not self.is_large or self.head is None:
             return size

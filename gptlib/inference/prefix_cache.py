@@ -119,7 +119,7 @@ class PrefixCache:
         self.forget(target)
 
     def exchange(self, slot, sequence, last_slot, last):
-        """Let the last live sequence take the slot of one that ends, and, if kept, vice versa."""
+        """Give the slot of a sequence that ends to the last live one; if kept, they swap slots."""
         if self.keep and sequence.finish_reason != "error":
             self.swap(slot, sequence.pos, last_slot, last.pos)
         else:

@@ -71,7 +71,7 @@ def first_column_to_reach(mass, target):
     if mass.device.type == "cpu":
         # a row of NaN, from a model that overflows, reaches nothing: it has to be some column still
         return torch.searchsorted(mass, target).clamp_(max=mass.size(-1) - 1)
-    # sums in parallel may be larger than the next one by a rounding error: nothing to search in
+    # elsewhere sums are rounded in parallel and may not ascend, as a search needs: count
     return (mass < target).sum(dim=-1, keepdim=True)
 
 
