@@ -474,7 +474,7 @@ def preset_row(run, flops_per_token, gpu):
 def find_vocabulary(cfg, checkpoint):
     """Something with the n_vocab of the run: the checkpoint's, that of the data, or the default.
 
-    The default is GPT-2's, or of the demo the one that it will train.
+    The default is GPT-2's, or for the demo that of the tokenizer which it will train.
     """
     if checkpoint:
         return SimpleNamespace(n_vocab=checkpoint["config"]["vocab_size"])

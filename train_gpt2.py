@@ -167,7 +167,7 @@ class GPT(nn.Module):
     def hidden(self, idx, attention=CAUSAL):
         """The final hidden states, (B, T, n_embd), of tokens idx (B, T).
 
-        attention: where they stand and what they attend to. With a cache's, idx has the new ones.
+        attention: where they stand and what they attend to. With a cache, idx has new ones only.
         """
         pos = attention.positions(idx)  # (T,) or (B, T)
         T, limit = idx.size(1), self.config.block_size

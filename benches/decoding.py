@@ -92,8 +92,8 @@ def read_weights(model, device):
 def bench_decode(args):
     """Tokens per second of `streams` sequences of `length` new tokens each.
 
-    They are sampled with top_k 50 at temperature 1. With --quantize also what the quality of a
-    trained checkpoint loses by it.
+    They are sampled with top_k 50 at temperature 1. With --quantize also how much quality a
+    trained checkpoint loses.
     """
     device, dtype, model = gpt2_to_decode(args)
     quantized = None

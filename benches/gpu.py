@@ -117,8 +117,8 @@ def measure_variant(args, name):
 def variants(args, seconds):
     """A step of each variant: all compile at the same time, then each is timed twice, alone.
 
-    Micro-batches of 16 rows, so that all fit beside each other into 80 GB. What tunes itself does
-    so on a busy GPU: time a winner again, alone.
+    Micro-batches of 16 rows, so that all fit beside each other into 80 GB. A variant
+    that tunes itself does so on a busy GPU: time a winner again, alone.
     """
     if args.compile:
         args = changed(args, batch_size=args.batch_size or 16, micro_steps=4, rounds=10)

@@ -149,7 +149,7 @@ def bench_newcomer(servers, n_clients, rounds):
             gaps = gaps_of[name]
             shares = {f"p{percent}": percentile(gaps, percent) for percent in (50, 99, 100)}
             results[name]["gaps"] = shares
-            log("    their gaps, in usual ones beside the newcomer's text: p50 {p50:.2f}, "
+            log("    their gaps, over the usual gap while the newcomer writes: p50 {p50:.2f}, "
                 "p99 {p99:.2f}, longest {p100:.2f}".format(**shares))
     return results
 

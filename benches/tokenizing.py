@@ -39,7 +39,7 @@ def tokenize_row_in_pool(row):
 
 
 def count_tokens_alone(tokenizer, texts, n_threads):
-    """The most that threads can do: tiktoken on texts in memory, nothing kept of its tokens."""
+    """The most that threads can reach: tiktoken on texts in memory, its tokens thrown away."""
     with ThreadPoolExecutor(n_threads) as pool:
         def count(text):
             return len(tokenizer.encode_to_numpy(text, disallowed_special=())) + 1

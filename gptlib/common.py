@@ -81,7 +81,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def open_unless_link(path, flags):
-    """An opener for open(): a link is an OSError, since it could lead to a file of the user's."""
+    """An opener for open() that fails for a link, which could lead to another file."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -110,11 +110,11 @@ def atomic_write(path, write):
 def write_synced(path, write):
     """Write a new file through write(f), f a binary file, and wait until it is on the disk.
 
-    What has the name goes first: it is what a killed process left, or a link through which another
-    file would be written.
+    What has the name already is removed: a killed process left it, or it is a link, through which
+    another file would be written.
     """
     remove_leftover(path)
-    with open(path, "xb") as f:  # x: a name that appeared meanwhile is an error
+    with open(path, "xb") as f:  # x: fail if the name has appeared meanwhile
         write(f)
         f.flush()
         os.fsync(f.fileno())

@@ -462,7 +462,7 @@ def describe_failure(error, rank, size):
 
 
 def missing_ranks(rank, size):
-    """The ranks that do not sign within a few seconds; none where the store can't be reached."""
+    """The ranks that do not sign within a few seconds; none if the store can't be reached."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     missing = set(range(size))
     end = time.monotonic() + PATIENCE

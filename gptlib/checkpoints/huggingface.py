@@ -103,8 +103,8 @@ def load_transformers_model(directory):
 
 
 def check_files(folder):
-    """Raise UserError if a file in the folder leads to others: weights elsewhere, or an adapter
-    that transformers would leave out."""
+    """Raise UserError if the folder's index names weights elsewhere, or if it holds an adapter,
+    which transformers would leave out."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{str(folder)!r} holds an adapter (LoRA), which is not applied here: "
                         "merge it into its model first")

@@ -150,8 +150,8 @@ def require_shared_disk(folder, world):
     """Raise UserError on all ranks if any rank cannot see files that rank 0 writes to `folder`."""
     probe = Path(folder) / f".shared_{share_from_rank0(os.getpid(), world)}"
     if world.rank == 0:
-        with contextlib.suppress(OSError):  # on a full disk nobody sees it, which tells nothing
-            probe.touch(exist_ok=False)  # a link of that name is not followed
+        with contextlib.suppress(OSError):  # a full disk: no rank sees it, no rank is missing
+            probe.touch(exist_ok=False)  # never through a link of that name
     is_there = share_from_rank0(probe.exists(), world)
     is_missing = any_rank(is_there and not probe.exists(), world)
     if world.rank == 0:
@@ -181,7 +181,7 @@ class Saver:
                 tidy(log_dir)
         if as_directory:
             require_shared_disk(log_dir, world)
-        # the threads that write talk to each other while training does: on a group of their own
+        # the writing threads communicate while training does, so they have a group of their own
         self.group = dist.new_group(backend="gloo") if as_directory else None
 
     def __enter__(self):

@@ -204,7 +204,7 @@ class StandIn:
 
 class MetadataUnpickler(pickle.Unpickler):
     """Makes a new StandIn of each class and function that torch's metadata needs, and calls
-    nothing: a pickle can neither run nor change one that is not its own."""
+    nothing: a pickle can neither run nor change the real ones."""
 
     RECORDS = {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",

@@ -196,9 +196,9 @@ class Offer:
     """The checkpoint that rank 0 chose, and what another rank needs to recognize the same file."""
 
     path: str
-    identity: tuple | None  # of identify(); None if the files can't be recognized
-    weights_only: bool  # whether it is only the start of a new run, and not resumed
-    is_directory: bool  # whether it is a directory, whose tensors are still to be read
+    identity: tuple | None  # what identify() returned; None: not to be recognized
+    weights_only: bool  # whether a new run starts from its weights
+    is_directory: bool  # then the tensors are still to be read
     checkpoint: dict | None
 
 

@@ -15,7 +15,7 @@ from gptlib.common import UserError, first_line, warn
 from gptlib.data.shards import is_relative_path
 
 FILES_AHEAD = 2  # files that are fetched while one is read
-FOOTERS_AHEAD = 8  # footers that are read at a time, where finished files are skipped
+FOOTERS_AHEAD = 8  # footers that are read at a time to skip finished files
 MAX_TRIES = 10  # with the waits between them, about six minutes
 LONGEST_WAIT = 60  # seconds between two tries
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes that may pass by themselves
@@ -25,8 +25,8 @@ def find_parquet_files(dataset, name, revision=None):
     """The files of a dataset's train split, in the order in which `datasets` reads them.
 
     dataset: a name on the Hub, or a local directory of the same layout. Returns (revision, files):
-    the commit and paths within the repository; or (None, local paths). Returns None where not all
-    of them are parquet files.
+    the commit and paths within the repository; or (None, local paths). Returns None if one of
+    them is no parquet file.
     """
     from datasets import load_dataset_builder
     builder = load_dataset_builder(dataset, name=name, revision=revision)
@@ -54,7 +54,7 @@ def list_files(dataset, revision=None):
 class HubFiles:
     """Files of one commit of a dataset on the Hub.
 
-    folder: files lie in it while they are read, and are removed then. Without one they stay in
+    folder: files are downloaded into it, and removed when they are read. None keeps them in
     Hugging Face's own cache.
     """
 
@@ -123,7 +123,7 @@ def may_pass(error):
     """Whether an error may be gone at the next try: one of the network, or of a busy server."""
     from huggingface_hub.errors import LocalEntryNotFoundError
     if isinstance(error, LocalEntryNotFoundError):
-        return True  # the Hub's word for: there was no connection
+        return True  # what huggingface_hub raises if there was no connection
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in TEMPORARY

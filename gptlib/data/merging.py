@@ -47,7 +47,7 @@ def move_parts(root, folders):
     tokenizer = folders[0] / "tokenizer.tiktoken"
     if tokenizer.exists():
         atomic_write(root / tokenizer.name, lambda f: f.write(tokenizer.read_bytes()))
-    write_meta(root, merged | {"complete": False})  # every shard has its record before it comes
+    write_meta(root, merged | {"complete": False})  # first: no shard is here without a record
     for folder, part in zip(folders, metas, strict=True):
         for shard in part["shards"]:
             if (folder / shard["name"]).exists():

@@ -44,7 +44,7 @@ class ParquetFile:
     """The text in one column of a parquet file.
 
     path: the file. column: its column of text. on_done: called when every RowGroup that was handed
-    out is read and no other follows. Raises UserError where the file is damaged or has no such
+    out is read and no other follows. Raises UserError if the file is damaged or has no such
     column.
     """
 
@@ -106,7 +106,7 @@ class ParquetFile:
         if longest > MAX_DOCUMENT:
             raise UserError(f"{self.path}: row group {index} has documents of {longest:.0f} bytes; "
                             f"expected at most {MAX_DOCUMENT}. Leave it out of --files")
-        # at most 1024, because text that repeats itself is larger than its encoded size
+        # at most 1024: size is that of the encoded text, which may repeat itself when decoded
         rows_at_a_time = min(max(1, int(PIECE / max(size, 1))), 1024)
         rows_at_a_time = min(rows_at_a_time, max(1, int(MOST_REPEATED / max(longest, 1))))
         begin = 0
@@ -168,7 +168,7 @@ class RowGroup(NamedTuple):
         return self.file.text_size(self.index) > LARGE_ROW_GROUP
 
     def documents(self):
-        """Yield the documents (str). Raises UserError where they can't be read."""
+        """Yield the documents (str). Raises UserError if they can't be read."""
         for documents in self.file.rows(self.index, self.first, self.last):
             yield from documents
         self.file.done_with_one()

@@ -76,8 +76,9 @@ class ShardWriter:
     def end_early(self):
         """Note that the corpus goes on, but nothing more of it is added (--max_tokens).
 
-        Then the seeded order is not the one by which training_text has chosen text. Its other
-        promise holds, so a corpus with a tokenizer of its own is written in the order of reading.
+        training_text chose text by the seeded order of the whole corpus, which now differs. But it
+        also left out what may be validation in the order of reading, so a corpus with a tokenizer
+        of its own is written in that order.
         """
         if self.head is not None:
             self.is_large = True
@@ -154,9 +155,10 @@ class ShardWriter:
             self.writes.append(self.writer.submit(self.write_shard, chunks))
 
     def size_of_val(self, size):
-        """How many of `size` tokens shard 0 gets: it ends before text that trained the tokenizer.
+        """How many of `size` tokens shard 0 gets.
 
-        That text follows the first `head` bytes of a large corpus.
+        Of a large corpus it gets at most the first `head` bytes: the tokenizer was trained on text
+        after them.
         """
         if not self.is_large or self.head is None:
             return size

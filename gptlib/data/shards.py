@@ -12,7 +12,7 @@ import numpy as np
 from gptlib.common import UserError, atomic_write, crc32_of_file, first_line
 
 # np.load parses a header as Python code. Python 3.11's parser counts its depth for all threads
-# together, and now and then fails where two threads parse: "recursion depth mismatch".
+# together, and now and then fails if two threads parse: "recursion depth mismatch".
 npy_lock = threading.Lock()
 
 WRITTEN_AT_ONCE = 2**19  # tokens of a shard
@@ -77,7 +77,7 @@ def npy_header(tokens):
 def save_shard(path, tokens):
     """Write uint16 tokens as .npy, whole or not at all."""
     def write(f):
-        # The same bytes as np.save writes, which does not tell why a write failed.
+        # np.save would write the same bytes, but does not say why a write failed.
         f.write(npy_header(tokens))
         for i in range(0, len(tokens), WRITTEN_AT_ONCE):
             f.write(tokens[i:i + WRITTEN_AT_ONCE].data)

@@ -21,7 +21,7 @@ from gptlib.data.parts import WHOLE
 from gptlib.data.tokenizing import group_documents
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-# about how many of GPT-2's tokens its samples have
+# the samples of FineWeb-Edu, and about how many of GPT-2's tokens each has
 FINEWEB_TOKENS = {"sample-10BT": 10**10, "sample-100BT": 10**11, "sample-350BT": 35 * 10**10}
 
 

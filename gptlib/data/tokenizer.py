@@ -27,14 +27,14 @@ SPACES = r"|\s+(?!\S)|\s+"
 GPT2_SPLIT = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)" + SPACES
 # For tokenizers trained here. Chinese and Japanese are written without spaces, so a piece also ends
 # where the script changes (between the kanji of a stem and its hiragana ending). Accents and vowel
-# signs stay with their letters. A suffix like 's belongs to the word before it; where there is no
-# such word, as in 'self', the quotation mark stands alone.
+# signs stay with their letters. A suffix like 's belongs to the word before it; if there is
+# none, as in 'self', the quotation mark stands alone.
 BPE_SPLIT = (r"(?: ?\p{Han}+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+"
              r"| ?[\p{L}\p{M}&&[^\p{Han}\p{Hiragana}\p{Katakana}]]+(?:'(?:[sdmt]|ll|ve|re))?"
              r"| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+)") + SPACES
 
-# Hugging Face's tokenizer files spell each byte as one character: the character of that code where
-# it can be printed, else one from U+0100 on.
+# Hugging Face's tokenizer files spell each byte as one character: the character of that code if it
+# can be printed, else one from U+0100 on.
 UNPRINTABLE = [*range(33), *range(127, 161), 173]
 CHAR_OF = {b: chr(256 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256)}
 BYTE_OF = {char: b for b, char in CHAR_OF.items()}
@@ -51,7 +51,7 @@ def spell(token):
 
 
 def unspell(characters):
-    """The bytes of a token that is spelled so."""
+    """The bytes of a token that `spell` has spelled."""
     return bytes(BYTE_OF[char] for char in characters)
 
 

@@ -21,7 +21,7 @@ from gptlib.inference.prefix_cache import PrefixCache
 from gptlib.inference.sampling import SamplingParams, sample_next
 from gptlib.runtime import without_cudnn_attention
 
-# a forward pass over a few tokens takes as long as this many tokens more in a larger one
+# a forward pass costs about as much as this many tokens more in another one
 PASS_COST = 16
 
 
@@ -273,7 +273,7 @@ class Engine:
     def _fill(self, n):
         """Read up to n more tokens; returns the next logits, (1, vocab_size), after the last."""
         filling, sequence = self.filling, self.filling.sequence
-        # who asks for the log-probabilities of a prompt has all of it read
+        # a prompt whose log-probabilities are asked for is read as a whole
         is_whole = sequence.of_prompt and not sequence.n_sampled
         if filling.slot is None:
             found = (None, 0) if is_whole else self.prefixes.find(filling.tokens, self.live)

@@ -5,7 +5,7 @@ This takes no memory: a sequence that has ended stays in its slot until the slot
 
 from dataclasses import dataclass
 
-# fewer tokens are read together with the rest in hardly more time
+# copying fewer tokens gains nothing: reading them with the rest takes hardly longer
 MIN_SHARED = 16
 
 
@@ -23,7 +23,7 @@ class Content:
         return all_tokens[self.start:self.start + self.length]
 
     def begins_like(self, tokens):
-        """How many tokens from the first one on are equal."""
+        """How many of the first tokens equal those of `tokens`."""
         n_equal = 0
         for a, b in zip(self.tokens(), tokens, strict=False):
             if a != b:
@@ -119,7 +119,7 @@ class PrefixCache:
         self.forget(target)
 
     def exchange(self, slot, sequence, last_slot, last):
-        """Let the last live sequence take the slot of one that ends, and, if kept, vice versa."""
+        """Give the slot of a sequence that ends to the last live one; if kept, they swap slots."""
         if self.keep and sequence.finish_reason != "error":
             self.swap(slot, sequence.pos, last_slot, last.pos)
         else:

@@ -326,8 +326,8 @@ def quantize_int8(model, dtype=torch.float32):
     """Replace the linear layers of a GPT by ones with int8 weights, in place; returns the model.
 
     The model's weights should be float32 still: rounding them to bfloat16 first would lose
-    accuracy for nothing. dtype: of the embedding, and on other devices than a CPU of all that is
-    computed. On a CPU norms and activations are float32, which costs nothing there. On other
+    accuracy for nothing. dtype: the embedding's and, on other devices than a CPU, that of the
+    computation. On a CPU norms and activations are float32, which costs nothing there. On other
     devices the head stays as it is: it is the embedding, and its logits need float32 sums.
     """
     model = model.eval().requires_grad_(False)

@@ -71,7 +71,7 @@ def first_column_to_reach(mass, target):
     if mass.device.type == "cpu":
         # a row of NaN, from a model that overflows, reaches nothing: it has to be some column still
         return torch.searchsorted(mass, target).clamp_(max=mass.size(-1) - 1)
-    # sums in parallel may be larger than the next one by a rounding error: nothing to search in
+    # elsewhere sums are rounded in parallel and may not ascend, as a search needs: count
     return (mass < target).sum(dim=-1, keepdim=True)
 
 
@@ -145,7 +145,7 @@ def sort_probabilities(logits, temperature, top_p):
 
 
 def nucleus_threshold(probs, top_p):
-    """A probability that no token of any row's nucleus is below, the higher the better."""
+    """A lower bound for the probability of any row's nucleus tokens, as high as is easily found."""
     for threshold in (1e-3, 1e-4, 1e-5):
         mass = probs.where(probs >= threshold, 0.0).sum(dim=-1)
         # well above top_p, so that no rounding of sums matters

@@ -94,7 +94,7 @@ def as_integer(bound):
 
 
 def number_field(kind, default, low=None, high=None, above=None, note=""):
-    """A pydantic field for a number in a range, which its description tells.
+    """A pydantic field for a number in a range; its description states the range.
 
     kind: int or float; low and high are allowed values, `above` is not.
     """
@@ -131,7 +131,7 @@ def unsupported_field(value, **bounds):
 
 
 def list_of(kind, **bounds):
-    """The pydantic type of a list, in which the first wrong element is the last one looked at."""
+    """The pydantic type of a list; validation stops at its first wrong element."""
     from pydantic import Field
     return Annotated[list[kind], Field(fail_fast=True, **bounds)]
 
@@ -357,9 +357,9 @@ def check_context(prompts, block_size):
 
 
 def check_echo(texts, n, limit):
-    """Raise ApiError 400 if n copies of each prompt make an answer far longer than a request.
+    """Raise ApiError 400 if an answer would repeat too much: n copies of each of the texts.
 
-    limit: characters that the copies beyond the first ones may have.
+    limit: characters that all copies but the first of each text may have together.
     """
     n_characters = (n - 1) * sum(map(len, texts))
     if n_characters > limit:
@@ -371,7 +371,7 @@ def check_echo(texts, n, limit):
 # OpenAPI
 
 POST_ANSWERS = {
-    200: "JSON, or server-sent events where stream is true",
+    200: "JSON, or server-sent events if stream is true",
     400: "malformed or out of range",
     401: "API key missing or wrong",
     404: "no such model",

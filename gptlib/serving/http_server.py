@@ -92,7 +92,7 @@ def make_dispatcher(max_threads):
             super().add_task(task)
 
     dispatcher = GrowingDispatcher()
-    dispatcher.queue_logger.setLevel("ERROR")  # a new thread is not idle yet when it is counted
+    dispatcher.queue_logger.setLevel("ERROR")  # it would warn of a queue for each new thread
     dispatcher.set_thread_count(SPARE_THREADS)
     return dispatcher
 

@@ -32,7 +32,7 @@ class Closing(JobError):
 
 
 class TooManySequences(JobError):
-    """More sequences than fit at all. field: what asks for them."""
+    """More sequences than can ever fit. field: the request's field that asks for them."""
 
     def __init__(self, message, field):
         super().__init__(message)
@@ -336,7 +336,7 @@ class Service:
             raise Closing(f"this server accepts no more requests, it is {self.status}")
 
     def check_size(self, n, field):
-        """Raise TooManySequences if n do not fit at all; field: what asks for them."""
+        """Raise TooManySequences if n can never fit; field: the request's field that asks for n."""
         if n > self.capacity:
             raise TooManySequences(
                 f"{field} makes {n} sequences: expected at most {self.capacity}", field)

@@ -18,7 +18,7 @@ from gptlib.runtime import device_name, git_commit
 from gptlib.training.gpu_facts import peak_flops
 
 MAX_BAD_STEPS = 10  # steps in a row without a finite gradient norm
-WAIT_AFTER_SIGNAL = 2.0  # seconds that the device has at least for a step that it has begun
+WAIT_AFTER_SIGNAL = 2.0  # seconds that the device gets, at least, to finish its step
 
 
 # -----------------------------------------------------------------------------
@@ -213,8 +213,8 @@ class Console:
             self.log.note(step, "samples", texts=texts, elapsed=self._elapsed())
 
     def draw_in(self, thread):
-        """Redraw in a thread, a ThreadPoolExecutor. What waits there to be drawn already will show
-        the latest records."""
+        """Redraw in a thread, a ThreadPoolExecutor, unless a drawing waits there already: that one
+        will show the latest records."""
         waits = self.drawing and not (self.drawing.running() or self.drawing.done())
         if self.log and not waits:
             self.drawing = thread.submit(self.draw)
@@ -326,7 +326,3 @@ def print_run(facts, n_tokens):
            f"{n_tokens:,} training tokens, "
            f"micro-batches of {facts['batch_size']} x {settings['block_size']}, "
            f"{micro_batches} a step and process")
-
-
-# -----------------------------------------------------------------------------
-# the dataset: moves to gptlib/data

@@ -24,7 +24,7 @@ class Evaluator:
     """
 
     def __init__(self, model, device, autocast, world=World(), batch_size=16, compile=False):
-        """batch_size: rows of a validation batch; compile: the validation loss, on CUDA."""
+        """batch_size: rows of a validation batch; compile: compile the validation loss on CUDA."""
         self.model, self.device, self.autocast, self.world = model, device, autocast, world
         self.batch_size = batch_size
         self.is_sharded = is_sharded(next(model.parameters()))

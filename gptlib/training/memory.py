@@ -124,7 +124,7 @@ def estimate_memory(sizes, layout, optimizer, total_batch_size, batch_size, rank
     copies = 0
     if bits == 16:
         copies = 2 * (sizes.hidden + sizes.tied)
-        if layout.shard:  # autocast keeps no copies: only the graph does, of the blocks it keeps
+        if layout.shard:  # only the graph keeps copies, those of the blocks it keeps
             kept = sizes.n_layer - recomputed + 1
             copies = 2 * (sizes.tied + kept * sizes.hidden // sizes.n_layer)
     activations = activation_bytes(sizes, tokens, bits, recomputed)

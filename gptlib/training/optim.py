@@ -102,7 +102,7 @@ class Muon(torch.optim.Muon):
             local(p).add_(update, alpha=-lr)
 
     def _unless_bad(self, number, otherwise):
-        """A number, or the other one if this step is skipped: then in a tensor on the device."""
+        """`number`, or `otherwise` if this step is skipped, which only the device knows."""
         if self.found_inf is None:
             return number
         is_bad = self.found_inf.reshape(()) > 0
@@ -280,7 +280,7 @@ class RowExchange:
         return [torch.cat(pieces) for pieces in zip(*received, strict=True)]
 
     def scatter(self, matrices, parts):
-        """This rank's rows of every matrix, after each owner has sent its whole ones out."""
+        """Send the owned, whole matrices out by rows; returns this rank's rows of every matrix."""
         mine = self.owned[self.rank]
         owned = list(zip(mine, matrices, strict=True))
         sent = [[matrix[self.rows(i, rank)] for i, matrix in owned] for rank in range(self.size)]

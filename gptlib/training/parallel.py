@@ -176,7 +176,7 @@ def recomputing(forward):
 
 
 def compile_blocks(model, device):
-    """Compile each block's forward pass; what shards the block runs outside of that graph."""
+    """Compile each block's forward pass; FSDP's hooks on the block run outside of that graph."""
     first, *others = model.transformer.h
     forward = first.forward
     first.forward = compile_model(forward, device, dynamic=False)

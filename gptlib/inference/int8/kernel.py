@@ -76,5 +76,5 @@ def load_int8_linear():
 
 
 def int8_linear_shape(x, panels, scale, zero_sum, bias, mask, outliers, outlier_weight, N):
-    """For torch.compile: an empty result of the operator."""
+    """An empty tensor of the operator's output shape, which torch.compile asks for."""
     return x.new_empty(*x.shape[:-1], N)
