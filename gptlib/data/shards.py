@@ -200,6 +200,8 @@ def check_meta(meta):
     if "settings" in meta:
         needed = {"trained_within", "order", "shards", "tokens", "bytes"}
         counts = {"tokens", "bytes", "documents", "empty", "repaired", "begun"}
+        if type(meta["settings"].get("shard_size")) is not int:
+            raise ValueError(f"settings is {meta['settings']!r:.200}")
     elif "ready" in meta:
         needed, counts = {"shards", "tokens", "bytes"}, {"tokens", "bytes"}
     missing = needed - meta.keys()

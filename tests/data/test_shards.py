@@ -223,7 +223,10 @@ def test_a_damaged_header_gives_a_line(tmp_path, header):
 @pytest.mark.parametrize("meta", [
     {"shards": [{"tokens": 3}]}, {"shards": 3}, {"shards": [3]}, {"tokenizer": None},
     {"tokens": [1, 2]}, {"bytes": {"val": "many"}}, {"settings": {}, "shards": [], "order": None},
-    {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
+    {"settings": {}, "order": None, "trained_within": {}, "shards": [],
+     "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}},
+    {"settings": {"shard_size": 9}, "order": None, "trained_within": {},
+     "shards": [{"name": "a", "tokens": 1}]},
     {"tokens": {"train": 3}}, {"source": 7}, {"hub": {"revision": "a", "files": ["../a"]}},
     {"hub": {"files": []}}, {"ready": {"dataset": "a/b", "revision": "c"}},
     {"shards": [{"name": "../a_train_000001.npy"}]},
