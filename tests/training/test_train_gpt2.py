@@ -17,6 +17,7 @@ from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
 import train_gpt2
+from gptlib.common import UserError
 from gptlib.inference.kv_cache import KVCache
 from gptlib.training import parallel
 from gptlib.training.console import Console
@@ -344,6 +345,14 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
     assert done.stdout.count("sample: the ") == 16
     assert (tmp_path / "log" / "log.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "log" / "latest_checkpoint.pt").resolve().name == "model_00040.pt"
+
+
+def test_a_sample_prompt_that_cannot_be_encoded_is_one_line(tmp_path, data_root):
+    """Guards against a panic of the tokenizer, which is no Exception, at the first samples."""
+    cfg = TrainConfig(**{**TINY, "max_steps": 1, "num_samples": 1, "sample_prompt": " " * 1_040_000},
+                      data_root=str(data_root), log_dir=str(tmp_path / "log"))
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+        train(cfg)
 
 
 def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
