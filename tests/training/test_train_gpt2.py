@@ -422,13 +422,18 @@ def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root
 
 
 def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root, monkeypatch):
-    """Guards against a run that ends where no compiler is installed."""
+    """Guards against a run that ends where no compiler is installed; and against torch's folder
+    for compiled code, whose name anybody can foresee: its optimizers write that name into the
+    environment, as if the user had chosen it.
+    """
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     settings = {**TINY, "compile": True, "max_steps": 2}
     done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile does not work here") == 1
+    assert list(tmp_path.glob("gpt2_compiled_*/inductor")), "the compiler's folder is ours"
     assert len(read_log(tmp_path / "log")["train"]) == 2
 
 
