@@ -238,6 +238,13 @@ def test_a_meta_json_of_another_form(tmp_path, meta):
         read_meta(tmp_path)
 
 
+def test_a_path_that_is_not_utf8(tmp_path):
+    """Guards against a folder with a Latin-1 letter from which no dataset can be made."""
+    meta = {"source": "caf\udce9/*.txt"}
+    write_meta(tmp_path, meta)
+    assert read_meta(tmp_path) == meta
+
+
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000])
 def test_a_deep_meta_json(tmp_path, text):
     """Guards against a traceback for JSON that is nested deeper than Python's stack."""
