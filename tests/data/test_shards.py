@@ -20,7 +20,7 @@ from gptlib.common import UserError
 from gptlib.data import shards
 from gptlib.data.shards import (checksums_of, file_checksum, is_fineweb_edu, list_shards,
                                 open_shard, read_meta, save_shard, shard_checksum,
-                                tokens_per_byte, verify_shard)
+                                tokens_per_byte, verify_shard, write_meta)
 
 TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
 

@@ -255,7 +255,8 @@ FAILS_ALTOGETHER = """
 from gptlib.inference import engine
 retire = engine.Engine._retire_finished
 def failing(self):
-    if any(3 in s.prompt for s in self.waiting): raise RuntimeError("an illegal memory access was encountered")
+    if any(3 in s.prompt for s in self.waiting):
+        raise RuntimeError("an illegal memory access was encountered")
     retire(self)
 engine.Engine._retire_finished = failing
 """

@@ -349,7 +349,8 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
 
 def test_a_sample_prompt_that_cannot_be_encoded_is_one_line(tmp_path, data_root):
     """Guards against a panic of the tokenizer, which is no Exception, at the first samples."""
-    cfg = TrainConfig(**{**TINY, "max_steps": 1, "num_samples": 1, "sample_prompt": " " * 1_040_000},
+    settings = {**TINY, "max_steps": 1, "num_samples": 1, "sample_prompt": " " * 1_040_000}
+    cfg = TrainConfig(**settings,
                       data_root=str(data_root), log_dir=str(tmp_path / "log"))
     with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
         train(cfg)
