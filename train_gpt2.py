@@ -38,7 +38,7 @@ from gptlib.checkpoints.start import Start, load_start
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
 from gptlib.data.loader import open_dataset, prefetch
-from gptlib.data.tokenizer import tokenizer_to_dict
+from gptlib.data import tokenizer as vocabulary
 from gptlib.inference.kv_cache import KVCache
 from gptlib.inference.sampling import sample_next
 from gptlib.lock import lock_directory
@@ -471,7 +471,7 @@ def sample(evaluator, cfg, tokenizer, dtype):
     if not cfg.num_samples:
         return []
     model, device = evaluator.model.eval(), evaluator.device
-    prompt = tokenizer.encode_ordinary(cfg.sample_prompt) or [tokenizer.eot_token]
+    prompt = vocabulary.encode_text(tokenizer, cfg.sample_prompt) or [tokenizer.eot_token]
     idx = torch.tensor([prompt[-cfg.block_size:]] * cfg.num_samples, device=device)  # (B, T)
     # a generator of its own: sampling must not change what training draws
     generator = torch.Generator(device).manual_seed(42)
@@ -575,7 +575,7 @@ def train(cfg, start=Start(), world=distributed.World()):
                     config=asdict(raw_model.config),
                     optimizer=[optimizer.state_dict() for optimizer in optimizers],
                     scaler=scaler.state_dict(), rng=rng, train_config=cfg.as_given,
-                    tokenizer=tokenizer_to_dict(tokenizer), step=step, position=position,
+                    tokenizer=vocabulary.tokenizer_to_dict(tokenizer), step=step, position=position,
                     val_loss=val_loss, val_step=val_step), wait=last_step or stop,
                     keep_all=log.is_loss_high)
             if last_step or stop:

@@ -115,12 +115,14 @@ def read_ranks(environment):
     """
     numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     values = [environment.get(name, "") for name in numbers]
-    if not all(value.isdecimal() for value in values) or not environment.get("MASTER_ADDR"):
+    are_numbers = all(value.isdecimal() for value in values)
+    are_ranks = are_numbers and int(values[0]) < int(values[2])
+    if not are_ranks or not environment.get("MASTER_ADDR"):
         names = (*numbers, "MASTER_ADDR")
         found = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
-        raise UserError(f"the environment has {found}: expected four numbers and an address, as "
-                        "torchrun sets them. Start the script with torchrun, or unset RANK for one "
-                        "process")
+        raise UserError(f"the environment has {found}: expected four numbers, RANK below "
+                        "WORLD_SIZE, and an address, as torchrun sets them. Start the script with "
+                        "torchrun, or unset RANK for one process")
     return tuple(map(int, values[:3]))
 
 

@@ -175,7 +175,9 @@ def compile_model(model, device, **options):
 
     options: of torch.compile.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    # torch writes the variable itself, as soon as an optimizer is made
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = private_folder("inductor")
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

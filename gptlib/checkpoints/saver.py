@@ -192,7 +192,7 @@ class Saver:
 
     def is_best(self, val_loss):
         """Whether a checkpoint with this validation loss is to be kept as the best one."""
-        return self.keep_best and val_loss < self.best_loss
+        return self.keep_best and val_loss is not None and val_loss < self.best_loss
 
     def save(self, state, wait=False, keep_all=False):
         """Copy the state and write the copy in the background; with wait, return when it is on

@@ -21,6 +21,7 @@ from gptlib.runtime import set_rng
 SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size")
 TRAINING_STATE = {"train_config": dict, "step": int, "position": int, "optimizer": list,
                   "scaler": dict, "rng": list}
+EVALUATION = {"val_loss": float, "val_step": int, "best_loss": float}  # None if there was none yet
 OWN_OF_A_START = ("preset", "resume", "auto_resume", "checkpoint_path")
 # settings that earlier versions had, with the defaults at which they change nothing
 REMOVED_SETTINGS = {"tuning": "", "plan": False, "gpus": 1, "gpu": "", "dollars_per_hour": 0.0}
@@ -172,7 +173,8 @@ def load_start(flags, world, known):
         start.resumed = True
         for name in ("step", "position", "val_loss", "val_step", "optimizer", "scaler", "rng"):
             setattr(start, name, checkpoint.pop(name, None))
-        start.best_loss = checkpoint.pop("best_loss", math.inf)
+        best_loss = checkpoint.pop("best_loss", None)
+        start.best_loss = math.inf if best_loss is None else best_loss
     return start
 
 
@@ -233,12 +235,24 @@ def load_training_state(path, verify=True):
         checkpoint = load_directory(path, verify)
     else:
         checkpoint = load_any_format(path, mmap=CAN_MAP, model_only=False)
-    for name, kind in TRAINING_STATE.items():
-        if name not in checkpoint or type(checkpoint[name]) is not kind:
-            reason = "is missing" if name not in checkpoint else f"is no {kind.__name__}"
-            raise UserError(f"{str(path)!r} has no training state to resume ({name} {reason}): "
-                            "use it with --init_from")
+    reason = wrong_training_state(checkpoint)
+    if reason:
+        raise UserError(f"{str(path)!r} has no training state to resume ({reason}): use it with "
+                        "--init_from")
     return Offer(str(path), identity, False, "directory" in checkpoint, checkpoint)
+
+
+def wrong_training_state(checkpoint):
+    """What is missing or wrong in a checkpoint that is to be resumed; None if nothing is."""
+    for name, kind in {**TRAINING_STATE, **EVALUATION}.items():
+        value = checkpoint.get(name)
+        if value is None and name in EVALUATION:
+            continue
+        if type(value) is not kind:
+            return f"{name} is no {kind.__name__}" if name in checkpoint else f"{name} is missing"
+        if kind is int and not 0 <= value < 2**62:
+            return f"{name} is {value}"
+    return None
 
 
 def load_weights(init_from, verify=True):

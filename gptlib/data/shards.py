@@ -182,7 +182,9 @@ def tokens_per_byte(meta, split):
 def write_meta(data_root, meta):
     """Write meta.json, whole or not at all."""
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(Path(data_root) / "meta.json", lambda f: f.write(text.encode()))
+    # a path may hold bytes that are no UTF-8: JSON spells them \udcXX, and reads them so again
+    data = text.encode(errors="backslashreplace")
+    atomic_write(Path(data_root) / "meta.json", lambda f: f.write(data))
 
 
 def check_meta(meta):
@@ -200,6 +202,8 @@ def check_meta(meta):
     if "settings" in meta:
         needed = {"trained_within", "order", "shards", "tokens", "bytes"}
         counts = {"tokens", "bytes", "documents", "empty", "repaired", "begun"}
+        if type(meta["settings"].get("shard_size")) is not int:
+            raise ValueError(f"settings is {meta['settings']!r:.200}")
     elif "ready" in meta:
         needed, counts = {"shards", "tokens", "bytes"}, {"tokens", "bytes"}
     missing = needed - meta.keys()

@@ -12,7 +12,7 @@ from gptlib.inference.sampling import SamplingParams
 from gptlib.inference.text import TextStream
 from gptlib.runtime import use_one_thread_if_small
 
-MOST_FAILURES = 8  # sequences that fail one after the other, with none that succeeds between them
+MOST_FAILURES = 8  # requests that fail one after the other, with none that succeeds between them
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 # -----------------------------------------------------------------------------
@@ -178,10 +178,8 @@ class Job:
             service.jobs.remove(self)
         self.note_first_token()  # a short job may end before the engine's thread looks at it
         self.cancel("cancelled")
+        service.note_end(self.sequences)
         for sequence in self.sequences:
-            service.note_end(sequence)
-            if sequence.error:
-                traceback.print_exception(sequence.error)
             service.metrics.sequences.labels(sequence.finish_reason).inc()
             service.metrics.tokens.inc(len(sequence.tokens))
             service.metrics.reused_tokens.inc(sequence.n_reused)
@@ -206,7 +204,8 @@ class Service:
         self.timeout = timeout
         self.step_timeout = step_timeout
         self.step_began = None  # when the step under way began
-        self.failures = 0  # sequences that failed, since the last one that did not
+        self.failures = 0  # since the last request that did not fail
+        self.last_error = None  # the exception that was counted last
         self.engine_options = engine_options
         self.status = "loading"
         self.error = None  # the exception, if loading has failed
@@ -263,7 +262,7 @@ class Service:
             return self.engine.step()
         except Exception as error:
             # not the fault of one request: those in slots are lost, those that wait are not
-            traceback.print_exception(error)
+            self.note_failure(error)
             self.engine.abort(error)
             return True
         finally:
@@ -297,15 +296,23 @@ class Service:
             elif job.is_disconnected():
                 job.cancel("cancelled")
 
-    def note_end(self, sequence):
-        """Count failures in a row; a cancelled sequence says nothing about the model."""
-        if sequence.finish_reason == "error":
-            self.failures += 1
-        elif sequence.finish_reason in ("stop", "length"):
+    def note_end(self, sequences):
+        """Count failed requests in a row; a cancelled one says nothing about the model."""
+        errors = [sequence.error for sequence in sequences if sequence.error]
+        if errors:
+            self.note_failure(errors[0])
+        elif any(sequence.finish_reason in ("stop", "length") for sequence in sequences):
             self.failures = 0
 
+    def note_failure(self, error):
+        """Print an error and count it: once, however many requests a step has lost by it."""
+        if error is not self.last_error:
+            traceback.print_exception(error)
+            self.failures += 1
+            self.last_error = error.with_traceback(None)  # whose frames hold tensors
+
     def health(self):
-        """The status; or "hung" if a step takes too long, "failing" if sequence after sequence
+        """The status; or "hung" if a step takes too long, "failing" if request after request
         fails. A supervisor should then restart the process.
         """
         if self.status != "healthy":

@@ -239,7 +239,7 @@ def parse_record(line):
         return None
     column, _ = TEXT_COLUMNS.get(record["kind"], (None, None))
     numbers = [record.get(name) for name in (column, "elapsed", "seconds_before")]
-    are_numbers = all(n is None or type(n) in (int, float) for n in numbers)
+    are_numbers = all(n is None or (type(n) in (int, float) and abs(n) < 2**63) for n in numbers)
     is_complete = column is None or column in record
     return record if are_numbers and is_complete else None
 

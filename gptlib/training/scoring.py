@@ -46,7 +46,7 @@ def load_examples(path=""):
     path = Path(path or CACHE)
     examples = []
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors begin a file with a mark (BOM)
             for number, line in enumerate(f, 1):
                 if line.strip():
                     examples.append(parse_example(line, f"{path}, line {number}"))
@@ -63,7 +63,7 @@ def parse_example(line, location):
     """Read one line of the file into a dict. Raises UserError with the location if it is wrong."""
     try:
         example = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{location}: broken JSON ({e})") from e
     if not isinstance(example, dict):
         raise UserError(f"{location}: expected an object with ctx, endings and label")

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,18 @@ def test_auto_resume_skips_what_has_no_training_state(tmp_path, capsys):
     torch.save(state, tmp_path / "model_00004.pt")
     assert resume(tmp_path).step == 3
     assert "no training state to resume (position is missing)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value, reason", [
+    ("position", -1, "position is -1"), ("step", 2**70, f"step is {2**70}"),
+    ("val_loss", "2.5", "val_loss is no float"), ("val_step", [], "val_step is no int"),
+    ("best_loss", {}, "best_loss is no float"), ("rng", None, "rng is no list")])
+def test_a_strangers_training_state_is_refused(tmp_path, name, value, reason):
+    """Guards against a traceback at the first evaluation or step after a resume."""
+    path = tmp_path / "model_00004.pt"
+    torch.save(training_state(4) | {name: value}, path)
+    with pytest.raises(UserError, match=re.escape(f"no training state to resume ({reason})")):
+        load_start(dict(resume=True, checkpoint_path=str(path)), World(), KNOWN)
 
 
 def test_nothing_to_resume_starts_from_scratch(tmp_path):

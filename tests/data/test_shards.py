@@ -20,7 +20,7 @@ from gptlib.common import UserError
 from gptlib.data import shards
 from gptlib.data.shards import (checksums_of, file_checksum, is_fineweb_edu, list_shards,
                                 open_shard, read_meta, save_shard, shard_checksum,
-                                tokens_per_byte, verify_shard)
+                                tokens_per_byte, verify_shard, write_meta)
 
 TOKENS = np.array([50256, 1, 65535], dtype=np.uint16)
 
@@ -223,7 +223,10 @@ def test_a_damaged_header_gives_a_line(tmp_path, header):
 @pytest.mark.parametrize("meta", [
     {"shards": [{"tokens": 3}]}, {"shards": 3}, {"shards": [3]}, {"tokenizer": None},
     {"tokens": [1, 2]}, {"bytes": {"val": "many"}}, {"settings": {}, "shards": [], "order": None},
-    {"settings": {}, "order": None, "trained_within": {}, "shards": [{"name": "a", "tokens": 1}]},
+    {"settings": {}, "order": None, "trained_within": {}, "shards": [],
+     "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}},
+    {"settings": {"shard_size": 9}, "order": None, "trained_within": {},
+     "shards": [{"name": "a", "tokens": 1}]},
     {"tokens": {"train": 3}}, {"source": 7}, {"hub": {"revision": "a", "files": ["../a"]}},
     {"hub": {"files": []}}, {"ready": {"dataset": "a/b", "revision": "c"}},
     {"shards": [{"name": "../a_train_000001.npy"}]},
@@ -233,6 +236,13 @@ def test_a_meta_json_of_another_form(tmp_path, meta):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="cannot read .*meta.json"):
         read_meta(tmp_path)
+
+
+def test_a_path_that_is_not_utf8(tmp_path):
+    """Guards against a folder with a Latin-1 letter from which no dataset can be made."""
+    meta = {"source": "caf\udce9/*.txt"}
+    write_meta(tmp_path, meta)
+    assert read_meta(tmp_path) == meta
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000])

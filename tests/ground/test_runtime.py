@@ -235,6 +235,7 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch, calls, name):
     dict(RANK="abc", LOCAL_RANK="0", WORLD_SIZE="1"),
     dict(RANK="0", LOCAL_RANK="", WORLD_SIZE="2"),
     dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="-2"),
+    dict(RANK="2", LOCAL_RANK="0", WORLD_SIZE="2"),
     dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=""),
     dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_PORT="any"),
 ])

@@ -251,8 +251,29 @@ KVCache.from_start = failing
 """
 
 
+FAILS_ALTOGETHER = """
+from gptlib.inference import engine
+retire = engine.Engine._retire_finished
+def failing(self):
+    if any(3 in s.prompt for s in self.waiting):
+        raise RuntimeError("an illegal memory access was encountered")
+    retire(self)
+engine.Engine._retire_finished = failing
+"""
+
+
+def test_steps_that_fail_before_a_sequence_has_a_slot_are_told(home):
+    """Guards against steps that fail without end for a sequence that waits, while /health says 200.
+    """
+    with run_server(home, FAILS_ALTOGETHER) as server:
+        server.ready()
+        in_background(server.post, prompt="\x03")
+        server.until(lambda: server.get("/health").json()["status"] == "failing")
+
+
 def test_a_model_that_fails_again_and_again_is_told(home):
-    """Guards against a CUDA error that stays: every request got 500, and /health said 200."""
+    """Guards against a CUDA error that stays: every request got 500, and /health said 200; and
+    against one request of eight samples, or one step, that counts eight times."""
     (home / "broken").unlink(missing_ok=True)
     with run_server(home, FAILS) as server:
         server.ready()
@@ -260,7 +281,8 @@ def test_a_model_that_fails_again_and_again_is_told(home):
         try:
             for i in range(8):
                 assert server.get("/health").status_code == 200, "one failure is no reason to stop"
-                assert server.post(prompt=f"abc {i}", max_length=2).status_code == 500
+                failed = server.post(prompt=f"abc {i}", max_length=2, num_samples=8 - i)
+                assert failed.status_code == 500
             health = server.get("/health")
             assert health.status_code == 503
             assert health.json()["status"] == "failing"

@@ -17,6 +17,7 @@ GOOD = {"ctx": "A man sits on a roof. he", "endings": ["a", "b", "c", "d"], "lab
 
 @pytest.mark.parametrize("line, complaint", [
     ('{"ctx": "A man', "broken JSON"),
+    ("[" * 10**5, "broken JSON"),
     ("[1, 2]", "expected an object"),
     (json.dumps({**GOOD, "label": 4}), "label is 4"),
     (json.dumps({**GOOD, "label": "3"}), "label is '3'"),
@@ -37,12 +38,13 @@ def test_a_broken_line_is_named(tmp_path, line, complaint):
     assert "\n" not in str(e.value)
 
 
-def test_a_file_is_loaded_as_it_is(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_is_loaded_as_it_is(tmp_path, encoding):
     """Guards against lost fields, empty lines that count, and text read in another encoding."""
     path = tmp_path / "data.jsonl"
     examples = [{**GOOD, "ind": 7}, {**GOOD, "ctx": "Ein Mann säße"}]
     lines = [json.dumps(example, ensure_ascii=False) for example in examples]
-    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(lines) + "\n", encoding=encoding)
     assert scoring.load_examples(path) == examples
 
 

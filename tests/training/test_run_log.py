@@ -385,7 +385,8 @@ def test_a_resume_from_an_earlier_checkpoint_points_at_it(tmp_path):
     "3", "[1, 2]", "null", '"text"', "[" * 100_000, "{}", '{"kind": "train"}',
     '{"kind": 3, "step": 1}', '{"kind": "train", "step": "1", "loss": 1.0}',
     '{"kind": "train", "step": 1, "loss": "x"}', '{"kind": "val", "step": 1}',
-    '{"kind": "end", "step": 1, "elapsed": []}', "\xff\xfe"])
+    '{"kind": "end", "step": 1, "elapsed": []}', "\xff\xfe",
+    '{"kind": "train", "step": 1, "loss": 1%s}' % ("0" * 400)])
 def test_a_line_that_is_no_record_is_left_out(tmp_path, line):
     """Guards against a traceback at each resume for a line of log.jsonl that is not ours."""
     write_run(tmp_path)

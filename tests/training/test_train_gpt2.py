@@ -17,6 +17,7 @@ from conftest import TINY, flags, read_log, run
 from torch.nn import functional as F
 
 import train_gpt2
+from gptlib.common import UserError
 from gptlib.inference.kv_cache import KVCache
 from gptlib.training import parallel
 from gptlib.training.console import Console
@@ -346,6 +347,15 @@ def test_a_run_learns_and_logs_and_samples(tmp_path, data_root):
     assert (tmp_path / "log" / "latest_checkpoint.pt").resolve().name == "model_00040.pt"
 
 
+def test_a_sample_prompt_that_cannot_be_encoded_is_one_line(tmp_path, data_root):
+    """Guards against a panic of the tokenizer, which is no Exception, at the first samples."""
+    settings = {**TINY, "max_steps": 1, "num_samples": 1, "sample_prompt": " " * 1_040_000}
+    cfg = TrainConfig(**settings,
+                      data_root=str(data_root), log_dir=str(tmp_path / "log"))
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text"):
+        train(cfg)
+
+
 def test_a_model_trained_in_bfloat16_or_with_muon_learns_too(tmp_path, data_root):
     """Guards against a precision or an optimizer that trains nothing."""
     for settings in (dict(dtype="bfloat16"), dict(optimizer="muon"), dict(dtype="float16")):
@@ -413,13 +423,18 @@ def test_evaluation_and_samples_work_beside_a_compiled_model(tmp_path, data_root
 
 
 def test_without_a_compiler_training_warns_once_and_goes_on(tmp_path, data_root, monkeypatch):
-    """Guards against a run that ends where no compiler is installed."""
+    """Guards against a run that ends where no compiler is installed; and against torch's folder
+    for compiled code, whose name anybody can foresee: its optimizers write that name into the
+    environment, as if the user had chosen it.
+    """
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     settings = {**TINY, "compile": True, "max_steps": 2}
     done = run("train_gpt2.py", *flags(**settings, data_root=data_root), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile does not work here") == 1
+    assert list(tmp_path.glob("gpt2_compiled_*/inductor")), "the compiler's folder is ours"
     assert len(read_log(tmp_path / "log")["train"]) == 2
 
 
