@@ -31,7 +31,7 @@ def run_parts(parts, seconds):
     for name, needed, part in parts:
         left = end - time.monotonic()
         if left < needed:
-            results["left_out"][name] = f"{left:.0f} s left, it takes about {needed}"
+            results["left_out"][name] = f"{left:.0f} s left, it takes about {needed:.0f}"
         else:
             try:
                 result = part(left)
