@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benches.training import training_shape
-from benches.turns import show_results, show_seconds, take_turns
+from benches.turns import show_results, take_turns
 from gptlib.checkpoints.saver import copy_to_host, save_checkpoint
 from gptlib.common import atomic_write
 from gptlib.runtime import resolve_device
@@ -32,7 +32,7 @@ def bench_checkpoint(args):
     state = training_state(config, device)
     on_host = copy_to_host(state)
 
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
         def copy():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -64,5 +64,4 @@ def bench_checkpoint(args):
         results = take_turns(contenders, args.rounds, "runs")
     title = f"checkpoint of {args.preset}, {size / 2**20:,.0f} MiB, {device.type}"
     show_results(title, results)
-    show_seconds(results)
     return {title: results}

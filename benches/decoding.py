@@ -6,9 +6,8 @@ import torch
 
 from benches.floors import memory_bandwidth
 from benches.peers import peer_classes
-from benches.quantizing import measure_quality, show_quality
 from benches.turns import dtype_name, show_results, take_turns
-from gptlib.common import UserError, first_line, log
+from gptlib.common import first_line, log
 from gptlib.inference.engine import Engine
 from gptlib.inference.quantize import quantize_int8
 from gptlib.runtime import resolve_device, resolve_dtype
@@ -92,34 +91,28 @@ def read_weights(model, device):
 def bench_decode(args):
     """Tokens per second of `streams` sequences of `length` new tokens each.
 
-    They are sampled with top_k 50 at temperature 1. With --quantize also how much quality a
-    trained checkpoint loses.
+    They are sampled with top_k 50 at temperature 1.
     """
     device, dtype, model = gpt2_to_decode(args)
-    quantized = None
+    models = {"inference.py": model}
     if args.quantize == "int8":
         quantized = quantize_int8(copy.deepcopy(model).float(), dtype)
+        models["inference.py --quantize int8"] = quantized
     prompt = torch.randint(50257, (16,)).tolist()
-    length = args.length
     results = {}
     for streams in args.streams:
-        prompts = [prompt] * streams
         contenders = {}
         if streams == 1:
             contenders["weights read once a token"] = read_weights(model, device)
-        contenders["inference.py"] = decode_engine(model, prompts, length)
-        if args.compile:
-            compiled = decode_engine(model, prompts, length, compile=True)
-            contenders["inference.py --compile"] = compiled
-        if quantized is not None:
-            contenders |= quantized_contenders(quantized, prompts, length, args.compile)
+        for name, decoded in models.items():
+            for compile in (False, True) if args.compile else (False,):
+                work = decode_engine(decoded, [prompt] * streams, args.length, compile)
+                contenders[name + " --compile" * compile] = work
         contenders |= peer_contenders(args, model.config, prompt, streams, device, dtype)
-        title = f"{streams} x {length} tokens, {dtype_name(dtype)}, {device.type}"
+        title = f"{streams} x {args.length} tokens, {dtype_name(dtype)}, {device.type}"
         results[title] = take_turns(contenders, args.rounds, "tok")
         show_results(title, results[title])
         show_traffic(results[title], streams, weight_bytes(model), memory_bandwidth(device))
-    if quantized is not None:
-        results |= bench_quality(args)
     return results
 
 
@@ -128,7 +121,7 @@ def peer_contenders(args, config, prompt, streams, device, dtype):
     contenders = {}
     shape = prompt, streams, args.length, device, dtype
     for path in args.peer:
-        peer = peer_classes(path, ("GPT", "GPTConfig"))
+        peer = peer_classes(path)
         if hasattr(peer.GPT, "generate"):  # build-nanogpt's does not
             contenders["nanoGPT"] = decode_nanogpt(peer, *shape)
     if contenders:
@@ -155,22 +148,3 @@ def show_traffic(results, streams, n_bytes, bandwidth):
             r["microseconds"], r["GB/s"] = 1e6 / steps, steps * n_bytes / 1e9
             log(f"  {r['name']:42} {r['microseconds']:13,.0f} us a step, weights at "
                 f"{r['GB/s']:,.1f} GB/s of {bandwidth / 1e9:,.0f}")
-
-
-def quantized_contenders(model, prompts, length, compile):
-    contenders = {"inference.py --quantize int8": decode_engine(model, prompts, length)}
-    if compile:
-        compiled = decode_engine(model, prompts, length, compile=True)
-        contenders["inference.py --quantize int8 --compile"] = compiled
-    return contenders
-
-
-def bench_quality(args):
-    """{"quality": what int8 loses on held-out text}, or {} if there is no checkpoint."""
-    try:
-        quality = measure_quality(args.checkpoint_path, args.device)
-    except UserError as error:
-        log(f"\nquality: left out, {error}")
-        return {}
-    show_quality(args.checkpoint_path, quality)
-    return {"quality": quality}

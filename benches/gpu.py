@@ -14,11 +14,8 @@ gpu.json, kernels.txt and train.jsonl.
 """
 
 import argparse
-import contextlib
-import itertools
 import json
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -29,10 +26,10 @@ import torch
 import benches.training
 from benches.checkpoints import bench_checkpoint
 from benches.decoding import bench_decode
+from benches.parts import Runs, end_process, parts_table, run_parts
 from benches.serving import bench_serve
-from benches.several_gpus import Bench, children_of, end_process
 from benches.training import measure_training, training_ours, training_shape
-from benches.turns import ROOT, ContenderProcess, dtype_name
+from benches.turns import ContenderProcess, dtype_name, run_alone
 from fineweb import PrepareConfig, prepare
 from gptlib.common import UserError, atomic_write, first_line, log
 from gptlib.runtime import device_name, git_commit, resolve_device, resolve_dtype
@@ -132,7 +129,7 @@ def variants(args, seconds):
                 return function(*args)
             except UserError as e:
                 rows[name] = f"**failed**: {first_line(e)}"
-                processes[name].process.kill()
+                processes[name].kill()
 
     for name, process in processes.items():
         attempt(name, process.receive, max(0.1, end - time.monotonic()))
@@ -216,50 +213,13 @@ def rates(bench, args, *options):
     return dict(rows=rows, results=results)
 
 
-def answer_once(function, *args):
-    if hasattr(os, "setsid"):
-        os.setsid()  # so that it can be killed with the processes that it starts
-    result = function(*args)
-    return lambda: result
-
-
-def run_alone(seconds, function, *args):
-    """The result of a function, computed in a process of its own.
-
-    So one that runs out of memory or breaks the CUDA context does not take others with it. Raises
-    UserError if it fails or takes longer.
-    """
-    process = ContenderProcess(answer_once, (function, *args))
-    try:
-        process.receive(timeout=seconds)
-        return process()
-    except UserError:
-        with contextlib.suppress(OSError):
-            os.killpg(process.process.pid, signal.SIGKILL)
-        raise
-    finally:
-        process.close()
-
-
 # -----------------------------------------------------------------------------
 # train_gpt2.py itself
 
 RUN_STEPS, EVALUATED_STEP, KILLED_STEP = 25, 12, 15
 
 
-def look_at(folder, came):
-    """The records of a run that is under way; came: {(kind, step): when it was first seen}."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    for record in records:
-        came.setdefault((record["kind"], record.get("step")), time.monotonic())
-    if (folder / f"model_{EVALUATED_STEP:05d}.pt").exists():
-        came.setdefault(("saved", EVALUATED_STEP), time.monotonic())
-    return records
-
-
-def run_flags(args, data_root):
+def run_settings(args, data_root):
     """The flags of train_gpt2.py for a short run of the preset's model."""
     config, B, micro_steps = training_shape(args)
     tokens = B * config.block_size * micro_steps
@@ -273,7 +233,7 @@ def run_flags(args, data_root):
         settings["hellaswag_data"] = Path(args.hellaswag_data).resolve()
     if args.examples is not None:
         settings["hellaswag_examples"] = args.examples
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return settings
 
 
 def training_run(args, seconds):
@@ -281,44 +241,27 @@ def training_run(args, seconds):
     end = time.monotonic() + seconds
     bare = run_alone(seconds, training, args, False)
     with tempfile.TemporaryDirectory() as folder:
-        device = resolve_device(args.device).type
-        bench = Bench(Path(folder), device, 1, end - time.monotonic())
+        runs = Runs(folder, resolve_device(args.device).type, end - time.monotonic())
         if not args.data_root:
             prepare(PrepareConfig(f"{folder}/data", source="stdlib"))
-        flags = run_flags(args, args.data_root or f"{folder}/data")
-        log_dir, came = bench.folder / "run", {("started", 0): time.monotonic()}
-
-        def is_resumed():
-            kinds = [record["kind"] for record in look_at(log_dir, came)]
-            return "resume" in kinds and kinds[-1] == "train"
-
-        run = bench.start("--max-restarts=1", ROOT / "train_gpt2.py", *flags, nproc=1)
+        t0 = time.monotonic()
+        run = runs.start_training(run_settings(args, args.data_root or f"{folder}/data"), nproc=1)
         try:
-            needed = {("train", KILLED_STEP), ("saved", EVALUATED_STEP)}
-            bench.wait_until(lambda: look_at(log_dir, came) and needed <= came.keys(), run,
-                             f"step {KILLED_STEP} and a checkpoint")
-            os.kill(children_of(run.pid)[-1], signal.SIGKILL)
-            killed = time.monotonic()
-            bench.wait_until(is_resumed, run, "it went on after kill -9")
-            lost = time.monotonic() - killed
-            bench.wait(run)
+            runs.wait_until(lambda: runs.records("run", "train"), run, "the first step")
+            first = time.monotonic() - t0
+            runs.wait_until(lambda: len(runs.records("run", "train")) > KILLED_STEP, run,
+                            f"step {KILLED_STEP}")
+            saved = runs.folder / "run" / f"model_{EVALUATED_STEP:05d}.pt"
+            runs.wait_until(saved.exists, run, "a checkpoint was written")
+            lost = runs.kill_one(run, "run")
+            runs.wait(run)
         finally:
             end_process(run)
-        records = look_at(log_dir, came)
-        text = (log_dir / "log.jsonl").read_text()
-    # without the steps that compile
-    rate = statistics.median(record["tokens_per_second"] for record in records
-                             if record["kind"] == "train" and record["step"] % EVALUATED_STEP > 1)
-    order = [("train", EVALUATED_STEP - 1)]
-    order += [(kind, EVALUATED_STEP) for kind in ("val", "hella", "samples", "saved")]
-    order = [mark for mark in order if mark in came]
-    times = [f"{after[0]} {came[after] - came[before]:.2f} s"
-             for before, after in itertools.pairwise(order)]
-    first = came["train", 0] - came["started", 0]
+        rate, evaluation = runs.rate("run"), runs.evaluation("run")
+        text = (runs.folder / "run" / "log.jsonl").read_text()
     rows = {**bare["rows"], f"train_gpt2.py, {RUN_STEPS} steps": (
         f"{rate:,.0f} tok/s, {rate / bare['median']:.3f} of the bare step's; first step after "
-        f"{first:.0f} s; at step {EVALUATED_STEP}: {', '.join(times)}; kill -9: {lost:.1f} s to "
-        "the next step")}
+        f"{first:.0f} s; one evaluation: {evaluation}; kill -9: {lost:.1f} s to the next step")}
     return dict(rows=rows, tokens_per_second=rate, bare=bare, seconds_lost=lost,
                 files={"train.jsonl": text})
 
@@ -375,52 +318,30 @@ def describe_machine(args):
                 date=time.strftime("%Y-%m-%d"))
 
 
-def gpu_table(results):
-    """The results as Markdown tables."""
-    machine = results["machine"]
-    facts = [f"{name} {value}" for name, value in machine.items() if value and name != "device"]
-    lines = [f"{machine['device']}, {', '.join(facts)}, `python bench.py gpu`:", "",
-             "| part | what | result |", "|---|---|---|"]
-    for name, part in results["parts"].items():
-        lines += [f"| {name} | {what} | {text} |" for what, text in part["rows"].items()]
-    for name, reason in results["failed"].items():
-        lines.append(f"| {name} | | **failed**: {reason.replace('|', '/')} |")
-    lines += [f"| {name} | | left out: {why} |" for name, why in results["left_out"].items()]
-    return "\n".join(lines) + "\n"
-
-
 def bench_gpu(args):
     """The figures to expect of this machine, the most important first, in --seconds.
 
     Writes gpu.json and gpu.md into --out after each part. A part that fails or for which no time
     is left is named there with the reason.
     """
+    if not args.out:
+        raise UserError("bench.py gpu writes its figures into a folder: name it with --out")
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {folder}: cannot make this folder ({e.strerror})") from e
-    end = time.monotonic() + args.seconds
-    results = dict(machine=describe_machine(args), parts={}, failed={}, left_out={})
-    for part, name, job in jobs(args):
-        left = end - time.monotonic()
-        if part not in args.parts:
-            continue
+    machine = describe_machine(args)
+    facts = [f"{name} {value}" for name, value in machine.items() if value and name != "device"]
+    heading = f"{machine['device']}, {', '.join(facts)}, `python bench.py gpu`:"
+    parts = [(name, PARTS[part], job) for part, name, job in jobs(args) if part in args.parts]
+    for so_far in run_parts(parts, args.seconds):
+        results, table = dict(machine=machine, **so_far), parts_table(heading, so_far)
         files = {}
-        if left < PARTS[part]:
-            results["left_out"][name] = f"{left:.0f} s left, it takes about {PARTS[part]}"
-        else:
-            try:
-                result = job(left)
-                files = result.pop("files", {})
-                result["part_seconds"] = left - (end - time.monotonic())
-                results["parts"][name] = result
-                log(f"{name}: {result['part_seconds']:.0f} s")
-            except UserError as e:
-                results["failed"][name] = first_line(e)
-                log(f"{name}: FAILED, {e}")
-        files |= {"gpu.json": json.dumps(results, indent=2), "gpu.md": gpu_table(results)}
+        for result in so_far["parts"].values():
+            files |= result.pop("files", {})
+        files |= {"gpu.json": json.dumps(results, indent=2), "gpu.md": table}
         for file, text in files.items():
             atomic_write(folder / file, lambda f, text=text: f.write(text.encode()))
-    log("\n" + gpu_table(results) + f"\nthe figures are in {folder}")
+    log(f"\n{table}\nthe figures are in {folder}")
     return results

@@ -25,15 +25,15 @@ def read_definitions(file):
     return module
 
 
-def peer_classes(path, names):
-    """The definitions of a peer's train_gpt2.py or model.py, as a module that has these names.
+def peer_classes(path):
+    """The definitions of a peer's train_gpt2.py or model.py, as a module with GPT and GPTConfig.
 
     Raises UserError if neither file has them.
     """
     for file in (Path(path) / "train_gpt2.py", Path(path) / "model.py"):
         if file.is_file():
             module = read_definitions(file)
-            if all(hasattr(module, name) for name in names):
+            if hasattr(module, "GPT") and hasattr(module, "GPTConfig"):
                 return module
     raise UserError(f"--peer {path} is no checkout of build-nanogpt or nanoGPT: "
-                    f"no train_gpt2.py or model.py with {' and '.join(names)} in it")
+                    "no train_gpt2.py or model.py with GPT and GPTConfig in it")

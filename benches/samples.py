@@ -37,7 +37,7 @@ def judge_python(text, is_cut):
 def bench_samples(args):
     """Shares of --num_samples samples of 200 tokens, at several temperatures."""
     loaded = load_for_sampling(args.checkpoint_path, args.device)
-    prompt = args.prompt or loaded.sample_prompt
+    prompt = loaded.sample_prompt
     log(f"\n{args.num_samples} samples of up to {SAMPLE_TOKENS} tokens that continue {prompt!r}")
     results = []
     for temperature in TEMPERATURES:

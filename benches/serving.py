@@ -92,13 +92,12 @@ def percentile(values, percent):
 PIECES_BEFORE = 10  # of text that each of the others has, on average, when the newcomer comes
 
 
-def newcomer(port, prompts, long_prompt, length, gaps):
+def newcomer(port, prompts, long_prompt, length):
     """One client for each prompt; when they have some text, another one comes with long_prompt.
 
-    Returns the time the newcomer waited for its first token, the longest time that any of the
-    others waited for a piece meanwhile, and the median of such times before: all in seconds.
-    gaps: a list that gets all the times the others waited meanwhile, in units of their median
-    once the newcomer's text comes as well.
+    Returns the seconds that the newcomer waited for its first token, those that the others usually
+    wait for a piece of text after that, and a list of how long they waited meanwhile, in usual
+    waits.
     """
     with concurrent.futures.ThreadPoolExecutor(len(prompts) + 1) as pool:
         start = time.perf_counter()
@@ -109,48 +108,40 @@ def newcomer(port, prompts, long_prompt, length, gaps):
         for _ in range(PIECES_BEFORE * len(prompts)):
             pieces.acquire(timeout=600)
         arrival = time.perf_counter() - start
-        _, times = request_completion(port, long_prompt, 20, 0, True)
-        first_token, end = times[0], arrival + times[-1]
-        before, meanwhile, together = [], [], []
+        _, (first_token, *_) = request_completion(port, long_prompt, 20, 0, True)
+        meanwhile, after = [], []
         for other in others:
             _, times = other.result()
             for previous, now in itertools.pairwise(times):
-                if arrival <= now and previous <= arrival + first_token:
-                    meanwhile.append(now - previous)
-                elif now < arrival:
-                    before.append(now - previous)
-                elif now <= end:
-                    together.append(now - previous)
-    usual = statistics.median(together or before)
-    gaps += [gap / usual for gap in meanwhile]
-    return first_token, max(meanwhile), statistics.median(before)
+                if now >= arrival:
+                    is_meanwhile = previous <= arrival + first_token
+                    (meanwhile if is_meanwhile else after).append(now - previous)
+    usual = statistics.median(after)
+    return first_token, usual, [wait / usual for wait in meanwhile]
 
 
 def bench_newcomer(servers, n_clients, rounds):
-    """The times of `newcomer`, medians over rounds; servers: {name: port}, which take turns."""
+    """The times of `newcomer` over rounds; servers: {name: port}, which take turns."""
     prompts = torch.randint(50257, (n_clients - 1, 16)).tolist()
-    rounds_of = {name: [] for name in servers}
-    gaps_of = {name: [] for name in servers}
+    figures = {name: [] for name in servers}
     for turn in range(rounds + 1):
         long_prompt = torch.randint(50257, (1000,)).tolist()  # new: no cache has it
         for name, port in servers.items():
-            gaps = gaps_of[name] if turn > 0 else []
-            rounds_of[name].append(newcomer(port, prompts, long_prompt, 120, gaps))
+            figure = newcomer(port, prompts, long_prompt, 120)
+            if turn > 0:  # the first round warms up
+                figures[name].append(figure)
     results = {}
     log(f"\na newcomer's prompt of 1,000 tokens beside {n_clients - 1} streams")
-    for name, figures in rounds_of.items():
-        # the first round does not count: it warms up
-        first, longest, usual = map(statistics.median, zip(*figures[1:], strict=True))
-        results[name] = dict(first_token=first, longest_wait=longest, usual_wait=usual)
-        log(f"  {name:42} first token after {first:.2f} s; the others wait for "
-            f"{longest * 1e3:.0f} ms at most, {usual * 1e3:.0f} ms before it came: "
-            f"x {longest / usual:.1f}")
-        if gaps_of[name]:
-            gaps = gaps_of[name]
-            shares = {f"p{percent}": percentile(gaps, percent) for percent in (50, 99, 100)}
-            results[name]["gaps"] = shares
-            log("    their gaps, over the usual gap while the newcomer writes: p50 {p50:.2f}, "
-                "p99 {p99:.2f}, longest {p100:.2f}".format(**shares))
+    for name, rounds_of_one in figures.items():
+        firsts, usuals, waits = zip(*rounds_of_one, strict=True)
+        waits = [wait for one_round in waits for wait in one_round]
+        p50, p99, longest = (percentile(waits, percent) for percent in (50, 99, 100))
+        results[name] = dict(first_token=statistics.median(firsts),
+                             usual_wait=statistics.median(usuals),
+                             p50=p50, p99=p99, longest=longest)
+        log(f"  {name:42} first token after {results[name]['first_token']:.2f} s; meanwhile the "
+            f"others wait for p50 {p50:.2f}, p99 {p99:.2f}, longest {longest:.2f} usual waits of "
+            f"{results[name]['usual_wait'] * 1e3:.0f} ms")
     return results
 
 

@@ -4,9 +4,9 @@
 
 A part that fails ends it: what follows would fail for the same reason, while the GPUs are paid for.
 On a machine without GPUs two processes with gloo rehearse it, with a tiny model. The processes of
-a part run this file too; PART is "exchanges", or a part of runs_of():
+a part run this file too; runs.json in their folder says which runs:
 
-    torchrun --standalone --nproc_per_node=2 benches/several_gpus.py PART DEVICE
+    torchrun --standalone --nproc_per_node=2 benches/several_gpus.py DEVICE
 """
 
 import base64
@@ -17,9 +17,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,9 +30,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import train_gpt2
-from benches.turns import ROOT, last_lines
+from benches.floors import matrix_peak
+from benches.parts import Runs, end_process, parts_table, run_parts
+from benches.turns import run_alone
 from gptlib.checkpoints.start import Start, load_start
-from gptlib.common import UserError, first_line, log, run_main
+from gptlib.common import UserError, log, run_main
 from gptlib.distributed import any_rank, gather_from_all, join
 from gptlib.runtime import resolve_device
 from gptlib.training.memory import estimate_memory, model_sizes
@@ -72,7 +71,7 @@ N_VOCAB = {"cuda": 50257, "cpu": 257}
 def processes_of(n_gpus):
     """{part: its number of processes}, in their order."""
     four = 4 if n_gpus >= 4 else 2
-    return dict(exchanges=n_gpus, one_gpu=1, two_gpus=2, four_gpus=four, resumed=four // 2,
+    return dict(one_gpu=1, exchanges=n_gpus, two_gpus=2, four_gpus=four, resumed=four // 2,
                 all_gpus=n_gpus)
 
 
@@ -87,6 +86,7 @@ def runs_of(device, n_gpus):
         ("one_gpu", "one_muon", {**small, **muon}, None),
         ("one_gpu", "one_shard", {**small, **shard}, "one"),
         ("one_gpu", "one_large", {**large, **quick, "max_steps": 12}, None),
+        ("exchanges", "exchanges", {}, None),
         ("two_gpus", "ddp", small, "one"),
         ("two_gpus", "ddp_muon", {**small, **muon}, "one_muon"),
         ("two_gpus", "recompute", {**small, "recompute": True}, "one"),
@@ -160,8 +160,8 @@ def train(name, flags, world):
     start = load_start(flags, world, known)
     train_gpt2.train(train_gpt2.TrainConfig(**{**start.settings, **flags}), start, world)
     torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # the next run finds the memory free
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -172,7 +172,7 @@ def check(is_right, what):
 
 
 def exchanges(device, world):
-    """Times of the exchanges that training uses, each checked."""
+    """{exchange: its time in words} of those that training uses, each checked."""
     everyone = list(range(world.size))
     small, large = MEGABYTES[device.type]
     n = small * 10**6 // world.size
@@ -196,11 +196,11 @@ def exchanges(device, world):
         lasts = [int(part[-1]) for part in received.split(sizes)]
         check(lasts == everyone, "an uneven all-to-all")
 
-    lines = []
+    rows = {}
     for name, exchange in {
             "all-reduce of 4 B": lambda: reduce(4),
-            f"of {small} MB": lambda: reduce(small * 10**6),
-            f"of {large} MB": lambda: reduce(large * 10**6),
+            f"all-reduce of {small} MB": lambda: reduce(small * 10**6),
+            f"all-reduce of {large} MB": lambda: reduce(large * 10**6),
             f"all-gather of {small} MB": gather, "uneven all-to-all": swap,
             "200 agreements": lambda: [any_rank(False, world) for _ in range(200)]}.items():
         exchange()
@@ -210,201 +210,104 @@ def exchanges(device, world):
             exchange()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        lines.append(f"{name} {(time.perf_counter() - t0) / 5 * 1000:.2f} ms")
-    return dict(summary=", ".join(lines))
+        rows[name] = f"{(time.perf_counter() - t0) / 5 * 1000:.2f} ms"
+    return rows
 
 
 def main():
-    part, device = sys.argv[1:]
+    device = sys.argv[1]
     with join(device) as world:
-        if part == "exchanges":
-            result = exchanges(resolve_device(device, world.local_rank), world)
-            if world.rank == 0:
-                Path("exchanges.json").write_text(json.dumps(result))
         for name, flags in json.loads(Path("runs.json").read_text()):
-            train(name, {**flags, "device": device}, world)
+            if name != "exchanges":
+                train(name, {**flags, "device": device}, world)
+                continue
+            rows = exchanges(resolve_device(device, world.local_rank), world)
+            if world.rank == 0:
+                Path("exchanges.json").write_text(json.dumps(rows))
 
 
 # -----------------------------------------------------------------------------
-# the process that starts them
+# the parts, in the process that starts them
 
 
-class Bench:
-    """A folder, a number of GPUs, and the time that is left."""
-
-    def __init__(self, folder, device, n_gpus, seconds=TOTAL_SECONDS):
-        self.folder, self.device, self.n_gpus = folder, device, n_gpus
-        self.seconds, self.end = seconds, time.monotonic() + seconds
-
-    def start(self, *argv, nproc=0, **variables):
-        """Start a Python script, with nproc in that many processes; its output goes to a file."""
-        options = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
-        if self.device == "cpu":
-            env["OMP_NUM_THREADS"] = "1"
-        with open(self.folder / "output.txt", "w") as output:
-            return subprocess.Popen(
-                [sys.executable, *(options if nproc else ()), *map(str, argv)], cwd=self.folder,
-                env=env, stdout=output, stderr=output)
-
-    def wait(self, process):
-        """Wait for a process; UserError if it fails or if the time is over."""
-        try:
-            process.wait(max(1.0, self.end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            raise UserError(f"the {self.seconds:.0f} s are over") from None
-        finally:
-            end_process(process)
-        if process.returncode:
-            raise UserError(f"exit code {process.returncode}\n{self.output()}")
-
-    def wait_until(self, condition, process, what):
-        while not condition():
-            if process.poll() is not None or time.monotonic() > self.end:
-                raise UserError(f"the run or its {self.seconds:.0f} s ended before {what}\n"
-                                f"{self.output()}")
-            time.sleep(0.02)
-
-    def output(self):
-        return last_lines((self.folder / "output.txt").read_text(errors="replace"))
-
-    def run_part(self, part, nproc):
-        """Run a part in its processes. Returns {"summary": losses beside those of one GPU}."""
-        rows = [row[1:] for row in runs_of(self.device, self.n_gpus) if row[0] == part]
-        (self.folder / "runs.json").write_text(json.dumps([row[:2] for row in rows]))
-        first = {"CUDA_VISIBLE_DEVICES": "0"} if nproc == 1 and self.device == "cuda" else {}
-        self.wait(self.start(Path(__file__), part, self.device, nproc=nproc, **first))
-        if part == "exchanges":
-            return json.loads((self.folder / "exchanges.json").read_text())
-        if part == "all_gpus":
-            return speed_of_all(self)
-        differences = {name: self.compare(name, expected) for name, _, expected in rows if expected}
-        if part == "four_gpus" and len(list(self.folder.glob("copies/model_*.pt/"))) < 2:
-            raise UserError("the checkpoints of a sharded model are no directories")
-        shown = (f"{name} {difference:.4f}" for name, difference in differences.items())
-        return dict(summary="losses beside one GPU's: " + ", ".join(shown), **differences)
-
-    def records(self, name, *kinds):
-        """The whole lines of a run's log, of these kinds or all, as dicts."""
-        path = self.folder / name / "log.jsonl"
-        lines = path.read_text().splitlines(True) if path.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record for record in records if not kinds or record["kind"] in kinds]
-
-    def losses(self, name):
-        losses = [record["loss"] for record in self.records(name, "train", "val")]
-        return [math.nan if loss is None else loss for loss in losses]
-
-    def compare(self, name, expected):
-        """The largest difference of a loss to those of another run. UserError above TOLERANCE."""
-        ours, theirs = (self.losses(run) for run in (name, expected))
-        differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-        if not all(difference < TOLERANCE for difference in differences):  # a NaN is below nothing
-            raise UserError(f"the losses of {name} differ from those of {expected}: {ours}, "
-                            f"expected {theirs}")
-        return max(differences)
-
-    def rate(self, name):
-        """The median tokens per second of the steps from the third on."""
-        steps = self.records(name, "train")
-        return statistics.median(step["tokens_per_second"] for step in steps[2:])
+def matrix_rates(device, n_gpus):
+    """TFLOP/s of matrix products on each GPU in turn, in bfloat16; once on a CPU, in float32."""
+    if device == "cpu":
+        return [matrix_peak(torch.device("cpu"), torch.float32, [(64, 64, 64)]) / 1e12]
+    return [matrix_peak(torch.device(device, i), torch.bfloat16) / 1e12 for i in range(n_gpus)]
 
 
-def end_process(process):
-    """Have torchrun end, with its processes, if it still runs."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(40)  # it gives its processes 30 s
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def children_of(pid):
-    """The process ids of a process' children, on Linux."""
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
-# -----------------------------------------------------------------------------
-# the parts
-
-
-MATRIX_RATE = """
-import sys, time, torch
-device, n = torch.device(sys.argv[1]), int(sys.argv[2])
-a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
-def seconds():
-    t0 = time.perf_counter()
-    for _ in range(20):
-        b = a @ a
-    total = b.float().sum().item()
-    assert total == total, "the products of this GPU are no numbers"
-    return time.perf_counter() - t0
-print(20 * 2 * n**3 / min(seconds() for _ in range(5)) / 1e12)
-"""
-
-
-def each_alone(bench):
+def each_alone(runs, n_gpus):
     """Matrix products on each GPU by itself: a slow or broken card shows."""
-    rates = []
-    n = 8192 if bench.device == "cuda" else 64
-    for i in range(bench.n_gpus):
-        variables = {"CUDA_VISIBLE_DEVICES": str(i)} if bench.device == "cuda" else {}
-        bench.wait(bench.start("-c", MATRIX_RATE, bench.device, n, **variables))
-        rates.append(float((bench.folder / "output.txt").read_text().splitlines()[-1]))
-    summary = "TFLOP/s of each: " + ", ".join(f"{rate:.3g}" for rate in rates)
+    rates = run_alone(runs.seconds, matrix_rates, runs.device, n_gpus)
+    shown = ", ".join(f"{rate:.3g}" for rate in rates)
     slow = [i for i, rate in enumerate(rates) if rate < SLOWEST_SHARE * max(rates)]
-    if slow and bench.device == "cuda":
-        raise UserError(f"{summary}: GPU {', '.join(map(str, slow))} is slower than the others")
-    return dict(summary=summary, tflops=rates)
+    if slow:
+        raise UserError(f"{shown} TFLOP/s: GPU {', '.join(map(str, slow))} is slower than others")
+    return dict(rows={"TFLOP/s of each": shown}, tflops=rates)
 
 
-def speed_of_all(bench):
-    """GPT-2 (124M) on all GPUs beside one, an evaluation by part, and GPT-2 XL's peak."""
-    rate, muon = bench.rate("all"), bench.rate("all_muon")
-    share = rate / (bench.rate("one_large") * bench.n_gpus)
+def run_in_processes(runs, n_gpus, parts, nproc):
+    """Run parts in nproc processes; their rows are the losses beside those of one GPU, and more."""
+    planned = [run for run in runs_of(runs.device, n_gpus) if run[0] in parts]
+    named = [(name, flags) for _, name, flags, _ in planned]
+    (runs.folder / "runs.json").write_text(json.dumps(named))
+    first = {"CUDA_VISIBLE_DEVICES": "0"} if nproc == 1 and runs.device == "cuda" else {}
+    runs.wait(runs.start(Path(__file__), runs.device, nproc=nproc, **first))
+    rows = {}
+    if "exchanges" in parts:
+        rows = json.loads((runs.folder / "exchanges.json").read_text())
+    for _, name, _, expected in planned:
+        if expected:
+            rows[f"{name} beside {expected}"] = f"{compare(runs, name, expected):.4f} nats apart"
+    if "four_gpus" in parts and len(list(runs.folder.glob("copies/model_*.pt/"))) < 2:
+        raise UserError("the checkpoints of a sharded model are no directories")
+    return speed_of_all(runs, n_gpus) if "all_gpus" in parts else dict(rows=rows)
+
+
+def compare(runs, name, expected):
+    """The largest difference of a loss to those of another run. UserError above TOLERANCE."""
+    ours, theirs = ([math.nan if record["loss"] is None else record["loss"]
+                     for record in runs.records(run, "train", "val")] for run in (name, expected))
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    if not all(difference < TOLERANCE for difference in differences):  # a NaN is below nothing
+        raise UserError(f"the losses of {name} differ from those of {expected}: {ours}, "
+                        f"expected {theirs}")
+    return max(differences)
+
+
+def speed_of_all(runs, n_gpus):
+    """GPT-2 (124M) on all GPUs beside one, its evaluation by part, and GPT-2 XL's peak."""
+    rate = runs.rate("all")
+    share = rate / (runs.rate("one_large") * n_gpus)
     goal = "" if share >= GOAL else f", BELOW THE GOAL OF {GOAL:.0%}"
-    last = bench.records("all", "train", "val", "hella", "samples")[-4:]
-    seconds = {record["kind"]: record["elapsed"] - before["elapsed"]
-               for before, record in itertools.pairwise(last)}
-    evaluation = ", ".join(f"{kind} {value:.2f} s" for kind, value in seconds.items())
-    flags = MODELS[bench.device]["xl"]
+    flags = MODELS[runs.device]["xl"]
     cfg = train_gpt2.TrainConfig(**{**preset_settings(flags), **flags})
-    tokenizer = SimpleNamespace(n_vocab=N_VOCAB[bench.device])
+    tokenizer = SimpleNamespace(n_vocab=N_VOCAB[runs.device])
     with torch.device("meta"):
         model = train_gpt2.create_model(cfg, Start(), tokenizer)
     planned = estimate_memory(model_sizes(model), cfg.layout(), cfg.optimizer, cfg.total_batch_size,
-                              cfg.batch_size, bench.n_gpus).peak
-    measured = bench.records("xl", "train")[-1]["memory_mib"]
+                              cfg.batch_size, n_gpus).peak
+    measured = runs.records("xl", "train")[-1]["memory_mib"]
     peak = "not measured on a CPU" if measured is None else f"{measured / 1024:.1f} GiB"
-    summary = (f"{rate:,.0f} tok/s, {share:.1%} of one GPU's times {bench.n_gpus}{goal}; Muon "
-               f"{muon:,.0f} tok/s; one evaluation: {evaluation}; XL's peak {peak}, planned "
-               f"{planned / 2**30:.1f} GiB")
-    return dict(summary=summary, share=share, tokens_per_second=rate, muon=muon, seconds=seconds,
-                planned=planned, measured_mib=measured)
+    return dict(share=share, rows={
+        "GPT-2 (124M)": f"{rate:,.0f} tok/s, {share:.1%} of one GPU's times {n_gpus}{goal}",
+        "with Muon": f"{runs.rate('all_muon'):,.0f} tok/s",
+        "one evaluation": runs.evaluation("all"),
+        "GPT-2 XL's peak": f"{peak}, planned {planned / 2**30:.1f} GiB"})
 
 
-def killed_and_stopped(bench):
+def killed_and_stopped(runs, n_gpus):
     """kill -9 of a rank, the seconds until training goes on, and those that SIGTERM takes."""
-    flags = {**MODELS[bench.device]["large"], "data_root": "data", "log_dir": "killed",
-             "device": bench.device, "auto_resume": True, "max_steps": 10**6,
+    flags = {**MODELS[runs.device]["large"], "data_root": "data", "log_dir": "killed",
+             "device": runs.device, "auto_resume": True, "max_steps": 10**6,
              "eval_interval": 10**6, "hellaswag_examples": 0}
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    run = bench.start("--max-restarts=1", ROOT / "train_gpt2.py", *argv, nproc=bench.n_gpus)
-
-    def kinds():
-        return [record["kind"] for record in bench.records("killed")]
-
+    run = runs.start_training(flags, n_gpus)
     try:
-        bench.wait_until(lambda: kinds().count("train") > 25, run, "step 25")
-        saved = bench.folder / "killed" / "latest_checkpoint.pt"
-        bench.wait_until(saved.exists, run, "the first checkpoint was written")
-        os.kill(children_of(run.pid)[-1], signal.SIGKILL)
-        t0 = time.monotonic()
-        bench.wait_until(lambda: "resume" in kinds() and kinds()[-1] == "train", run,
-                         "training went on after kill -9 of a rank")
-        lost = time.monotonic() - t0
+        runs.wait_until(lambda: len(runs.records("killed", "train")) > 25, run, "step 25")
+        saved = runs.folder / "killed" / "latest_checkpoint.pt"
+        runs.wait_until(saved.exists, run, "the first checkpoint was written")
+        lost = runs.kill_one(run, "killed")
         t0 = time.monotonic()
         run.terminate()
         run.wait(60)
@@ -413,52 +316,26 @@ def killed_and_stopped(bench):
         raise UserError("60 s after SIGTERM the run had not ended") from None
     finally:
         end_process(run)
-    if "stopped after" not in (bench.folder / "output.txt").read_text(errors="replace"):
-        raise UserError(f"SIGTERM did not save the run\n{bench.output()}")
-    if stopped > STOP_SECONDS and bench.device == "cuda":
+    if "stopped after" not in (runs.folder / "output.txt").read_text(errors="replace"):
+        raise UserError(f"SIGTERM did not save the run\n{runs.output()}")
+    if stopped > STOP_SECONDS and runs.device == "cuda":
         raise UserError(f"after SIGTERM the run took {stopped:.0f} s to end")
-    return dict(summary=f"kill -9 of a rank: {lost:.1f} s to the next step; "
-                        f"SIGTERM: saved and ended in {stopped:.1f} s",
-                seconds_lost=lost, seconds_to_stop=stopped)
+    return dict(rows={"kill -9 of a rank": f"{lost:.1f} s to the next step",
+                      "SIGTERM": f"saved and ended in {stopped:.1f} s"})
 
 
-# -----------------------------------------------------------------------------
-# all of it
-
-
-def parts_of(bench):
-    """{name: function() -> result}, in their order."""
-    parts = {part: functools.partial(bench.run_part, part, nproc)
-             for part, nproc in processes_of(bench.n_gpus).items()}
-    return {"each_alone": functools.partial(each_alone, bench), **parts,
-            "killed_and_stopped": functools.partial(killed_and_stopped, bench)}
-
-
-def run_parts(parts):
-    """Run each part until one fails; returns {"parts": {name: result}, "failed": {name: reason}}.
+def parts_of(runs, n_gpus):
+    """The parts in their order, as run_parts takes them. Neighbours of as many processes share a
+    start, of which a rehearsal consists for the most part.
     """
-    results = dict(parts={}, failed={})
-    for name, part in parts.items():
-        t0 = time.monotonic()
-        try:
-            result = part()
-        except UserError as error:
-            results["failed"][name] = first_line(error)
-            log(f"{name}: FAILED, {error}")
-            break
-        result["part_seconds"] = time.monotonic() - t0
-        results["parts"][name] = result
-        log(f"{name}, {result['part_seconds']:.0f} s: {result['summary']}")
-    return results
-
-
-def table(results, heading):
-    lines = [heading, "", "| part | seconds | result |", "|---|---|---|"]
-    for name, part in results["parts"].items():
-        lines.append(f"| {name} | {part['part_seconds']:.0f} | {part['summary']} |")
-    for name, reason in results["failed"].items():
-        lines.append(f"| {name} | | **failed**: {reason.replace('|', '/')} |")
-    return "\n".join(lines)
+    parts = {"each_alone": each_alone}
+    processes = processes_of(n_gpus)
+    for nproc, group in itertools.groupby(processes, processes.get):
+        group = list(group)
+        run = functools.partial(run_in_processes, parts=group, nproc=nproc)
+        parts[", ".join(group)] = run
+    parts["killed_and_stopped"] = killed_and_stopped
+    return [(name, 0, lambda left, part=part: part(runs, n_gpus)) for name, part in parts.items()]
 
 
 def bench_several_gpus(args):
@@ -471,9 +348,12 @@ def bench_several_gpus(args):
         f"{n_gpus} x {torch.cuda.get_device_name(0)}")
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), N_VOCAB[device])
-        results = run_parts(parts_of(Bench(Path(folder), device, n_gpus, TOTAL_SECONDS)))
-    log("\n" + table(results, f"{name}, torch {torch.__version__}, "
-                              f"`python bench.py several_gpus`:"))
+        runs = Runs(folder, device, TOTAL_SECONDS)
+        for results in run_parts(parts_of(runs, n_gpus), TOTAL_SECONDS):
+            if results["failed"]:
+                break
+    heading = f"{name}, torch {torch.__version__}, `python bench.py several_gpus`:"
+    log("\n" + parts_table(heading, results))
     return results
 
 

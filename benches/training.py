@@ -1,20 +1,16 @@
-"""A training step beside build-nanogpt's and nanoGPT's, and its profile."""
+"""A training step beside build-nanogpt's and nanoGPT's."""
 
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benches.floors import peak_rate
 from benches.peers import peer_classes
 from benches.turns import dtype_name, separate_processes, show_results, take_turns
 from gptlib.common import log
-from gptlib.data.loader import TokenLoader
-from gptlib.runtime import compile_model, set_malloc, resolve_device, resolve_dtype
+from gptlib.runtime import compile_model, resolve_device, resolve_dtype, set_malloc
 from gptlib.training.parallel import recompute_blocks
 from gptlib.training.presets import PRESETS
 from train_gpt2 import GPT, GPTConfig, TrainConfig, Trainer, configure_optimizers
@@ -76,7 +72,7 @@ def training_plain(args, peer, compile):
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     if peer:
-        module = peer_classes(peer, ("GPT", "GPTConfig"))
+        module = peer_classes(peer)
         model = module.GPT(module.GPTConfig(config.block_size, config.vocab_size, config.n_layer,
                                             config.n_head, config.n_embd)).to(device)
     else:
@@ -99,25 +95,12 @@ def training_plain(args, peer, compile):
     return work
 
 
-def peak_memory(device):
-    """The most bytes this process has had allocated on a GPU or, without one, in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        # Only outside of Linux: there ru_maxrss begins with what the parent process had.
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def measure_training(build, args, *options, kernels=False):
     """Build a step in this process and warm it up.
 
     Returns the function that times --rounds steps. Its result has rates as those of take_turns,
-    seconds and peak bytes; with kernels also the milliseconds of each kernel of one more step.
+    seconds and, on a GPU, peak bytes; with kernels also the milliseconds of each kernel of one
+    more step.
     """
     device = resolve_device(args.device)
     micro_steps = training_shape(args)[2]
@@ -134,11 +117,12 @@ def measure_training(build, args, *options, kernels=False):
             tokens = step()
             seconds.append(time.perf_counter() - t0)
         median = statistics.median(seconds)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         result = dict(unit="tok/s", median=tokens / median, low=tokens / max(seconds),
                       high=tokens / min(seconds), ms=1000 * median / micro_steps,
-                      first_seconds=first_seconds, peak_bytes=peak_memory(device))
+                      first_seconds=first_seconds, peak_bytes=peak)
         if kernels:
-            result["kernels"] = kernel_times(record_profile(step), device.type == "cuda")
+            result["kernels"] = kernel_times(step, device.type == "cuda")
         return result
     return measure
 
@@ -160,10 +144,8 @@ def measure_alone(contenders):
 
 def training_contenders(args, cuda):
     """{name: (build, args, *options)}; on a GPU the peers' models are compiled as well."""
-    contenders = {"train_gpt2.py": (training_ours, args, True)}
-    if args.eager:
-        contenders["train_gpt2.py --no-compile"] = (training_ours, args, False)
-    contenders["same model, plain torch.compile"] = (training_plain, args, "", True)
+    contenders = {"train_gpt2.py": (training_ours, args, True),
+                  "same model, plain torch.compile": (training_plain, args, "", True)}
     for peer in args.peer:
         name = Path(peer).resolve().name
         if cuda:
@@ -193,13 +175,7 @@ def bench_train(args):
     add_mfu(results, config, peak_rate(device, dtype))
     if device.type == "cuda":
         log("\n" + training_table(results))
-    if args.profile:
-        profile(training_ours(args, True))
-    step_tokens = B * micro_steps * config.block_size
-    loader = loader_share(args, config, step_tokens, results[0]["median"])
-    log(f"  TokenLoader makes {loader['tok/s']:,.0f} tok/s: "
-           f"{loader['share of a step']:.2%} of a step")
-    return {title: results, "loader": loader}
+    return {title: results}
 
 
 def training_table(results):
@@ -222,42 +198,14 @@ def add_mfu(results, config, peak):
            f"is {peak / flops:,.0f} tok/s: {shares}")
 
 
-def write_random_shard(path, n_tokens):
-    tokens = np.random.default_rng(0).integers(50257, size=n_tokens, dtype=np.uint16)
-    np.save(path, tokens)
-
-
-def loader_share(args, config, step_tokens, rate):
-    """How fast TokenLoader makes tokens, and the share of a step that it takes.
-
-    In training that time is hidden: the loader works while the step before computes.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_shard(Path(folder) / "random_train_000001.npy", 4 * step_tokens + 10**6)
-        loader = TokenLoader(folder, "train", config.block_size, shuffle=True)
-        t0 = time.perf_counter()
-        for step in range(4):
-            list(loader.batches(step * step_tokens, step_tokens, args.batch_size or 4))
-        loader_rate = 4 * step_tokens / (time.perf_counter() - t0)
-    return {"tok/s": loader_rate, "share of a step": rate / loader_rate}
-
-
-def record_profile(work):
-    """The torch profile of one turn of work, after two that warm up."""
-    from torch.profiler import ProfilerActivity
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+def kernel_times(work, cuda):
+    """{name: milliseconds} of one turn's kernels, longest first; on a CPU of its operators."""
+    from torch.profiler import ProfilerActivity, profile
     work()
-    work()
-    with torch.profiler.profile(activities=activities) as recorded:
+    work()  # two turns warm up
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as recorded:
         work()
-    return recorded
-
-
-def kernel_times(recorded, cuda):
-    """{name: milliseconds} of the kernels of a torch profile, longest first; on a CPU of operators.
-    """
     milliseconds = {}
     for event in recorded.key_averages():
         is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
@@ -266,16 +214,3 @@ def kernel_times(recorded, cuda):
         time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
         milliseconds[event.key] = time_us / 1000
     return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
-
-
-def profile(work):
-    """Profile a step: a table on stderr, and a trace for a viewer.
-
-    The trace, for https://ui.perfetto.dev, is written to bench_trace.json.
-    """
-    recorded = record_profile(work)
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    averages = recorded.key_averages()
-    log(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
-    recorded.export_chrome_trace("bench_trace.json")
-    log("the trace is in bench_trace.json")

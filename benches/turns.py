@@ -1,18 +1,17 @@
 """Let contenders take turns, in this process or in ones of their own, and show their ratios."""
 
 import contextlib
+import functools
 import multiprocessing
+import os
+import signal
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 from gptlib.common import UserError, log
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# -----------------------------------------------------------------------------
-# contenders and their turns
 
 
 def take_turns(contenders, rounds, unit):
@@ -42,38 +41,13 @@ def show_results(title, results):
     log(f"\n{title}")
     for r in results:
         spread = f"({r['low']:,.2f} to {r['high']:,.2f})"
-        log(f"  {r['name']:42} {r['median']:13,.2f} {r['unit']:7} {spread}  x {r['ratio']:.2f}")
-
-
-def show_seconds(results):
-    """The same results as seconds per run, under the contenders' names up to the first comma."""
-    seconds = []
-    for r in results:
-        name = r["name"].split(",")[0].split(":")[0]
-        seconds.append(f"{name} {1 / r['median']:.2f}")
-    log("  in seconds: " + ", ".join(seconds))
+        seconds = f", {1 / r['median']:.2f} s each" if r["unit"] == "runs/s" else ""
+        log(f"  {r['name']:42} {r['median']:13,.2f} {r['unit']:7} {spread}  x {r['ratio']:.2f}"
+            f"{seconds}")
 
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
-
-
-def last_lines(text, count=10):
-    """The last lines that a failed process wrote, without torchrun's own report after them."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        if number > 0 and "failed (exitcode:" in line:
-            lines = lines[:number]
-            break
-    return "\n".join(lines[-count:])
-
-
-def run_command(argv, **options):
-    """Run a command to its end. Raises UserError with the last lines of its stderr if it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, **options)
-    if done.returncode != 0:
-        command = " ".join(argv)
-        raise UserError(f"exit code {done.returncode} from: {command}\n{last_lines(done.stderr)}")
 
 
 # -----------------------------------------------------------------------------
@@ -82,6 +56,8 @@ def run_command(argv, **options):
 
 def serve_turns(pipe, build, args):
     """In the process of a contender: build its work, then do a turn of it for each request."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that it can be killed with the processes that it starts
     try:
         work = build(*args)
         pipe.send(None)
@@ -89,8 +65,10 @@ def serve_turns(pipe, build, args):
             pipe.send(work())
     except EOFError:
         pass
+    except UserError as e:
+        pipe.send(e)
     except Exception as e:
-        pipe.send(UserError(f"{build.__name__}: {e}"))
+        pipe.send(UserError(f"{type(e).__name__}: {e}"))
 
 
 class ContenderProcess:
@@ -121,15 +99,22 @@ class ContenderProcess:
             raise answer
         return answer
 
-    def __call__(self):
+    def __call__(self, timeout=None):
         self.pipe.send(True)
-        return self.receive()
+        return self.receive(timeout)
 
     def close(self):
         with contextlib.suppress(OSError):
             self.pipe.send(False)
         self.process.join(timeout=self.GRACE_SECONDS)
+        self.kill()
+
+    def kill(self):
+        """Kill it, with the processes that it has started."""
         self.process.kill()
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -148,3 +133,20 @@ def separate_processes(**contenders):
     finally:
         for work in works.values():
             work.close()
+
+
+def run_alone(seconds, function, *args):
+    """The result of a function, computed in a process of its own.
+
+    So one that runs out of memory or breaks the CUDA context does not take others with it. Raises
+    UserError if it fails or takes longer; seconds: None for no limit.
+    """
+    process = ContenderProcess(functools.partial, (function, *args))
+    try:
+        process.receive()
+        return process(seconds)
+    except UserError:
+        process.kill()
+        raise
+    finally:
+        process.close()

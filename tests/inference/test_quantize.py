@@ -10,7 +10,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from benches.quantizing import held_out_rows
 from byte_model import CONFIG, N_VOCAB, drain, make_model, make_tokenizer, prompts, uncached
 from conftest import run
 from torch.nn import functional as F
@@ -413,15 +412,6 @@ def test_loading_rounds_the_checkpoint_s_own_weights(checkpoint, trained, chosen
     expected = quantize_int8(copy.deepcopy(trained), torch.bfloat16)(idx)[0]
     assert torch.equal(model(idx)[0], expected)
     assert model.transformer.wte.weight.dtype == torch.bfloat16
-
-
-def test_a_checkpoint_without_its_data_has_no_measured_quality(checkpoint, tmp_path):
-    """Guards against a traceback at the end of a long benchmark."""
-    path = tmp_path / "model_00001.pt"
-    parts = torch.load(checkpoint, weights_only=True)
-    torch.save(parts | {"train_config": {"data_root": str(tmp_path)}}, path)
-    with pytest.raises(UserError, match="there is no val split"):
-        held_out_rows(path, CONFIG.block_size)
 
 
 def test_inference_samples_in_8_bits(checkpoint, tmp_path):
