@@ -121,9 +121,9 @@ class ContenderProcess:
             raise answer
         return answer
 
-    def __call__(self):
+    def __call__(self, timeout=None):
         self.pipe.send(True)
-        return self.receive()
+        return self.receive(timeout)
 
     def close(self):
         with contextlib.suppress(OSError):
