@@ -126,14 +126,17 @@ def peer_contenders(args, config, prompt, streams, device, dtype):
             contenders["nanoGPT"] = decode_nanogpt(peer, *shape)
     if contenders:
         return contenders
+    versions = {"transformers": {}}
     if device.type == "cuda":
-        work = decode_transformers(config, *shape, cache_implementation="static")
+        versions = {"transformers, static cache": dict(cache_implementation="static"), **versions}
+    for name, options in versions.items():
         try:
-            work()  # compiles
-            contenders["transformers, static cache"] = work
+            work = decode_transformers(config, *shape, **options)
+            if options:
+                work()  # compiles
+            contenders[name] = work
         except Exception as e:
-            log(f"  left out: transformers with a static cache, {first_line(e)}")
-    contenders["transformers"] = decode_transformers(config, *shape)
+            log(f"  left out: {name}, {first_line(e)}")
     return contenders
 
 

@@ -1,6 +1,6 @@
 """The first ten minutes on a GPU: what is worth knowing about it, in one command.
 
-$ python bench.py gpu --out gpu_report --seconds 390 --data_root edu_fineweb10B
+$ python bench.py gpu --out gpu_report --seconds 600 --data_root edu_fineweb10B
 
 The parts run in the order of PARTS until --seconds are over; --parts chooses some of them. A part
 that fails is named, and the rest goes on. docs/gpu.md says what each measures.
@@ -134,7 +134,7 @@ def variants(args, seconds):
     for name, process in processes.items():
         attempt(name, process.receive, max(0.1, end - time.monotonic()))
     for name in [*VARIANTS, *VARIANTS]:
-        turns[name].append(attempt(name, processes[name]))
+        turns[name].append(attempt(name, processes[name], seconds / 2))
     for process in processes.values():
         process.close()
     if "as it is" in rows:
@@ -200,7 +200,7 @@ def training(args, recompute):
                 planned_bytes=planned, **result)
 
 
-def rates(bench, args, *options):
+def rates(args, bench, *options):
     """A bench of bench.py, with a row for each line of its table."""
     results = bench(args, *options)
     rows = {}
@@ -269,8 +269,9 @@ def training_run(args, seconds):
 # -----------------------------------------------------------------------------
 # all parts, within the time
 
-# How many seconds have to be left for a part to begin: what it takes on an H100, as estimated.
-PARTS = dict(variants=130, optimizers=20, run=130, training=60, decoding=60, serving=40,
+# How many seconds have to be left for a part to begin: what it takes on an H100 for 12 layers, as
+# estimated. Compiling takes most of it, which grows with the number of layers.
+PARTS = dict(variants=200, optimizers=20, run=250, training=80, decoding=60, serving=40,
              checkpoint=20)
 
 
@@ -279,7 +280,7 @@ def changed(args, **settings):
 
 
 def jobs(args):
-    """(part, name, function of the seconds left) of everything there is to measure, in order."""
+    """(part, name, seconds needed, function of the seconds left) of what to measure, in order."""
     compiled = resolve_device(args.device).type == "cuda"
     args = changed(args, peer=[], quantize="none", compile=compiled)
     models = []
@@ -290,22 +291,25 @@ def jobs(args):
     first, largest = models[0], models[-1]
     twice = changed(first, batch_size=2 * training_shape(first)[1])
 
-    def alone(what, function, *options):
+    def alone(what, function, model, *options):
         part = what.replace(",", "").split()[0]
-        return part, what, lambda seconds: run_alone(seconds, function, *options)
+        needed = PARTS[part] * max(1, training_shape(model)[0].n_layer / 12)
+        return part, what, needed, lambda seconds: run_alone(seconds, function, model, *options)
 
-    yield "variants", "variants", lambda seconds: variants(first, seconds)
+    yield "variants", "variants", PARTS["variants"], lambda seconds: variants(first, seconds)
     yield alone("optimizers", optimizers, first)
-    yield "run", "run", lambda seconds: training_run(first, seconds)
+    yield "run", "run", PARTS["run"], lambda seconds: training_run(first, seconds)
     yield alone("training, micro-batch doubled", training, twice, False)
     for model in models[1:]:
         yield alone(f"training {model.preset}", training, model, False)
     yield alone(f"training {largest.preset}, recomputed", training, largest, True)
-    yield alone(f"decoding {first.preset}", rates, bench_decode, first)
+    streams = [changed(first, streams=[n]) for n in args.streams]
     if largest is not first:
-        yield alone(f"decoding {largest.preset}", rates, bench_decode, largest)
-    yield alone("serving", rates, bench_serve, changed(first, compile=False), False)
-    yield alone("checkpoint", rates, bench_checkpoint, changed(first, rounds=2))
+        streams.append(changed(largest, streams=args.streams[:1]))
+    for model in streams:
+        yield alone(f"decoding {model.preset} x {model.streams[0]}", rates, model, bench_decode)
+    yield alone("serving", rates, changed(first, compile=False), bench_serve, False)
+    yield alone("checkpoint", rates, changed(first, rounds=2), bench_checkpoint)
 
 
 def describe_machine(args):
@@ -334,7 +338,7 @@ def bench_gpu(args):
     machine = describe_machine(args)
     facts = [f"{name} {value}" for name, value in machine.items() if value and name != "device"]
     heading = f"{machine['device']}, {', '.join(facts)}, `python bench.py gpu`:"
-    parts = [(name, PARTS[part], job) for part, name, job in jobs(args) if part in args.parts]
+    parts = [(name, needed, job) for part, name, needed, job in jobs(args) if part in args.parts]
     for so_far in run_parts(parts, args.seconds):
         results, table = dict(machine=machine, **so_far), parts_table(heading, so_far)
         files = {}

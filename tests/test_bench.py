@@ -117,7 +117,8 @@ def test_a_rehearsal_of_the_gpu_bench_runs_every_part(tmp_path):
     measured = results["parts"]
     assert list(measured) == [
         "variants", "optimizers", "run", "training, micro-batch doubled", "training gpt2",
-        "training gpt2, recomputed", "decoding demo", "decoding gpt2", "serving", "checkpoint"]
+        "training gpt2, recomputed", "decoding demo x 1", "decoding gpt2 x 1", "serving",
+        "checkpoint"]
     assert list(measured["variants"]["turns"]) == list(gpu.VARIANTS)
     assert "failed" not in str(measured["variants"]["rows"])
     assert measured["optimizers"]["seconds"].keys() == {"adamw", "muon"}
@@ -153,12 +154,14 @@ def test_gpu_names_a_failed_part_and_continues(tmp_path, monkeypatch):
     def fine(seconds):
         return dict(rows={"a step": "fine"}, files={"kernels.txt": "a kernel"})
 
-    jobs = [("run", "bad", fail), ("serving", "not asked for", fail), ("training", "good", fine)]
+    jobs = [("run", "bad", 1, fail), ("serving", "not asked for", 1, fail),
+            ("training", "good", 1, fine), ("training", "long", 2000, fail)]
     monkeypatch.setattr(gpu, "jobs", lambda args: jobs)
     results = gpu.bench_gpu(SimpleNamespace(out=tmp_path / "new", device="cpu", dtype="auto",
                                             parts=["run", "training"], seconds=1000))
     assert results["failed"] == {"bad": "no | memory"}
     assert list(results["parts"]) == ["good"]
+    assert list(results["left_out"]) == ["long"]
     assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == results
     assert (tmp_path / "new" / "kernels.txt").read_text() == "a kernel"
     table = (tmp_path / "new" / "gpu.md").read_text()
@@ -182,6 +185,18 @@ def test_a_part_that_hangs_is_ended(monkeypatch):
 def leave_a_child(path):
     path.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
     raise ValueError("out of memory")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_decoding_is_measured_without_transformers(device, monkeypatch):
+    """Guards against a part of bench.py gpu that fails where transformers is not installed."""
+    def missing(*shape, **options):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    monkeypatch.setattr(decoding, "decode_transformers", missing)
+    args = SimpleNamespace(peer=[], length=2)
+    device = torch.device(device)
+    assert decoding.peer_contenders(args, None, [1], 1, device, torch.float32) == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
