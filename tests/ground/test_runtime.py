@@ -225,6 +225,7 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch, calls, name):
         with join(name):
             pass
     assert calls == [], "the processes met before the flag was refused"
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join(name):  # one process may choose its GPU
         assert ("set_device", torch.device(name)) in calls
