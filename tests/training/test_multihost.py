@@ -16,7 +16,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, flags, read_log, run
+from conftest import (ROOT, TINY, english, environment, flags, read_log, run,
+                      write_dataset)
 
 SETTINGS = {**TINY, "max_steps": 300, "eval_interval": 100, "checkpoint_interval": 10,
             "total_batch_size": 320, "dropout": 0.1, "log_interval": 50, "data_root": "data",
@@ -80,11 +81,21 @@ class Host:
         self.process.wait()
 
 
-@pytest.fixture
-def hosts(tmp_path, data_root):
-    """host1 and host2, joined by a cable."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with the data, and the log of two undisturbed processes of one host."""
     if not shutil.which("ip"):
         pytest.skip("no `ip` command: Debian's iproute2 has it")
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_dataset(folder / "data", [english(3001, 1), english(2000, 2)], [english(1500, 3)])
+    done = run("train_gpt2.py", *flags(**SETTINGS), cwd=folder, nproc=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def hosts(tmp_path, undisturbed):
+    """host1 and host2, joined by a cable."""
     made = []
     try:
         try:
@@ -92,7 +103,7 @@ def hosts(tmp_path, data_root):
         except subprocess.CalledProcessError as e:
             pytest.skip(f"network namespaces can't be made here: {e.stderr.strip()}")
         for host in made:
-            shutil.copytree(data_root, host.disk / "data")
+            shutil.copytree(undisturbed / "data", host.disk / "data")
         yield made
     finally:
         for host in made:
@@ -134,7 +145,7 @@ def has_step(host, step):
 
 
 @pytest.mark.parametrize("victim", [2, 1], ids=["a host", "the host of rank 0 and rendezvous"])
-def test_a_killed_host_comes_back_and_the_run_goes_on(hosts, data_root, victim):
+def test_a_killed_host_comes_back_and_the_run_goes_on(hosts, undisturbed, victim):
     """Guards against a run that is lost with one of its hosts, and against hosts that cannot
     connect because a host's name means 127.0.1.1 to itself."""
     first, second = hosts
@@ -153,18 +164,11 @@ def test_a_killed_host_comes_back_and_the_run_goes_on(hosts, data_root, victim):
     assert len(resumed) == 1
     assert 40 <= resumed[0] <= left + 1
     assert not (second.disk / "log").exists(), "rank 0 alone writes"
-    compare_with_undisturbed(first.disk / "log", data_root)
-
-
-def compare_with_undisturbed(log, data_root):
-    """The log is whole, no step stands there twice (read_log), and all of it is what two
-    undisturbed processes of one host write."""
-    undisturbed = run("train_gpt2.py", *flags(**SETTINGS), cwd=data_root.parent, nproc=2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    expected = data_root.parent / "log"
-    assert list(read_log(log)["train"]) == list(range(300))
-    assert read_log(log) == read_log(expected)
+    # the log is whole, and no step stands there twice (read_log)
+    log = read_log(first.disk / "log")
+    assert list(log["train"]) == list(range(300))
+    assert log == read_log(undisturbed / "log")
     ours, theirs = (torch.load(folder / "model_00300.pt", weights_only=True)
-                    for folder in (log, expected))
+                    for folder in (first.disk / "log", undisturbed / "log"))
     assert ours["position"] == theirs["position"] == 300 * 320
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
