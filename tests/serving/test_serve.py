@@ -20,7 +20,7 @@ import time
 import pytest
 import requests
 import serving_helpers as serving
-from conftest import ROOT, command, environment
+from conftest import ROOT, environment, run
 from serving_helpers import LONG, START, WAIT, Server, in_background, run_server
 
 import serve
@@ -243,14 +243,7 @@ def test_errors_of_the_command_are_one_line(home, server):
         (["--model_checkpoint=log/none.pt", "--port=0"], "error: no checkpoint 'log/none.pt'"),
         (["--prot=1"], "(did you mean --port?)"),
     ):
-        found = subprocess.run(
-            command("serve.py", *args),
-            cwd=home,
-            env=environment(),
-            text=True,
-            capture_output=True,
-            timeout=START,
-        )
+        found = run("serve.py", *args, cwd=home)
         assert found.returncode == 1
         assert message in found.stderr
         assert "Traceback" not in found.stderr
