@@ -37,8 +37,8 @@ from gptlib.checkpoints.saver import Saver
 from gptlib.checkpoints.start import Start, load_start
 from gptlib.common import ArgumentParser, UserError, print0, run_main
 from gptlib.config import add_flags, check_settings, setting
-from gptlib.data.loader import open_dataset, prefetch
 from gptlib.data import tokenizer as vocabulary
+from gptlib.data.loader import open_dataset, prefetch
 from gptlib.inference.kv_cache import KVCache
 from gptlib.inference.sampling import sample_next
 from gptlib.lock import lock_directory

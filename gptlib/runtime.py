@@ -5,6 +5,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -175,9 +176,9 @@ def compile_model(model, device, **options):
 
     options: of torch.compile.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-    # torch writes the variable itself, as soon as an optimizer is made
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+    # as soon as an optimizer is made, torch writes the name of its own folder into the variable
+    torchs_own = os.path.join(tempfile.gettempdir(), "torchinductor_")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", torchs_own).startswith(torchs_own):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = private_folder("inductor")
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
